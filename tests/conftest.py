@@ -1,0 +1,50 @@
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["OMP_NUM_THREADS"] = "1"  # models as small as these run faster on one thread than on two
+# No account and no network, whatever the machine has: set before any of the libraries is imported.
+for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"):
+    os.environ.pop(name, None)
+os.environ["HF_TOKEN_PATH"] = os.devnull
+os.environ["WANDB_MODE"] = "offline"
+
+import standins  # noqa: E402
+
+FAMILIES = ("chatml", "llama3", "qwen", "mistral-instruct")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """family -> folder of its tiny model"""
+    return {family: str(standins.make(family, tmp_path_factory.mktemp(family))) for family in FAMILIES}
+
+
+def some_pairs(count, seed=0):
+    """Pairs in the columns of Intel/orca_dpo_pairs whose chosen answers share a word that the rejected ones lack."""
+    rng = random.Random(seed)
+    words = standins.TEXT.split()
+    systems = ["", "You are an AI assistant."]
+    return [
+        {
+            "system": rng.choice(systems),
+            "question": f"Question {i}: " + " ".join(rng.choices(words, k=8)) + "?",
+            "chosen": "Licensor " + " ".join(rng.choices(words, k=rng.randint(1, 6))),
+            "rejected": " ".join(rng.choices(words, k=rng.randint(1, 6))),
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in some_pairs(60)))
+    return str(path)
