@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,21 @@ def test_check_loss_fails(prepare, losses, message):
     nb["trainer"].state.log_history = history + [{"step": nb["max_steps"], "eval_loss": 0.6}]
     with pytest.raises(AssertionError, match=message):
         run_cell("held-out", nb)
+
+
+def test_check_merge_fails(prepare):
+    nb = prepare(load_in_4bit=False)
+    run_cells("train", "merge-fp16", nb)
+    nb["scores"]["trained, 16-bit"] = (nb["scores"]["trained, 16-bit"][0] + 0.5, 0.0)
+    with pytest.raises(AssertionError, match="The merge changed the ranking"):
+        run_cell("score-merged", nb)
+
+
+def test_the_merge_gets_the_memory_of_the_trained_model(prepare):
+    nb = prepare("chatml")
+    model, trainer = weakref.ref(nb["trainer"].model), weakref.ref(nb["trainer"])
+    run_cells("train", "merge-fp16", nb)
+    assert model() is None and trainer() is None
 
 
 # Whole runs. Each family goes through the notebook by `base_model` alone; each run has a second thing to show.

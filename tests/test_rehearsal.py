@@ -1,0 +1,251 @@
+"""The rehearsal's end state: the unchanged notebook ran from its first cell to its last, against a local Hub."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from notebook import CELLS, NOTEBOOK, ROOT
+from safetensors.torch import load_file
+from test_tokenizer import CHAT, TRUE_IDS
+
+from rehearsal.hub import Hub
+from rehearsal.world import make_pairs
+
+REPOSITORY = "rehearsal/tiny-chat-dpo"
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """The folder of one rehearsal, and what the command printed."""
+    output = tmp_path_factory.mktemp("rehearsal") / "output"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-m", "rehearsal", "--output", output, "--picture", output.parent / "curves.png"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output, done.stdout
+
+
+@pytest.fixture(scope="module")
+def run(rehearsal):
+    return rehearsal[0] / "dpo_run"
+
+
+def outputs(folder):
+    """Cell id -> the text that the executed notebook shows under it."""
+    executed = json.loads((folder / "dpo_finetune.ipynb").read_text())
+    shown = {}
+    for cell in executed["cells"]:
+        for output in cell.get("outputs", []):
+            text = output.get("text") or output.get("data", {}).get("text/plain", "")
+            shown[cell["id"]] = shown.get(cell["id"], "") + "".join(text)
+    return shown
+
+
+def percent(text):
+    return float(text.rstrip("%"))
+
+
+def test_summary(rehearsal):
+    folder, printed = rehearsal
+    lines = printed.strip().splitlines()[-5:]
+    assert [line.split()[0] for line in lines] == ["Pairs:", "Ranking:", "Rewards:", "Hub:", "Left"]
+    base, tuned, merged = map(percent, re.findall(r"[\d.]+%", lines[1]))
+    assert 30 <= base <= 70 and tuned >= 95 and merged >= 95
+    before, after = map(percent, re.findall(r"[\d.]+%", lines[2]))
+    assert before == 0 and after >= 95
+    assert (folder / "dpo_finetune.html").stat().st_size > 100_000
+    assert (folder.parent / "curves.png").stat().st_size > 50_000
+
+
+def test_the_notebook_was_unchanged(rehearsal):
+    executed = json.loads((rehearsal[0] / "dpo_finetune.ipynb").read_text())
+    code = [cell for cell in executed["cells"] if cell["cell_type"] == "code"]
+    injected = [cell for cell in code if "injected-parameters" in cell["metadata"].get("tags", [])]
+    assert len(injected) == 1
+    assert {cell["id"]: "".join(cell["source"]) for cell in code if cell not in injected} == CELLS
+    assert all(cell["execution_count"] for cell in code)
+
+
+def test_every_step_is_shown(rehearsal):
+    shown = outputs(rehearsal[0])
+    assert "runs on the CPU" in shown["machine"]
+    assert "rehearsal; the model will be pushed, private" in shown["accounts"]
+    assert "after its core was rebuilt equal to the repository's sentencepiece model" in shown["tokenizer"]
+    assert "<|im_start|>assistant" in shown["check-rows"]
+    assert "21 linear layers in 4 bits" in shown["check-4bit"]
+    assert all(f"plot-{name}" in shown for name in ("loss", "rewards", "margins", "accuracies"))
+    assert "(private)" in shown["push"]
+    assert "hf_" not in json.dumps(shown)  # the token
+
+
+def test_dropped_rows(rehearsal):
+    shown = outputs(rehearsal[0])["format-rows"]
+    assert "Rows: 368. Dropped: 8. Kept: 360." in shown
+    counts = dict(re.findall(r"^(\w.*?) {2,}(\d+)$", shown, re.MULTILINE))
+    assert counts == {
+        "chosen and rejected are the same": "2",
+        "a duplicate": "3",
+        "an empty answer": "2",
+        "control tokens of the template inside the text": "1",
+    }
+
+
+def test_answers_changed(rehearsal):
+    before = outputs(rehearsal[0])["before"]
+    after = outputs(rehearsal[0])["after"]
+    assert "No idea. Look up a Large Language Model" in before
+    column = "\n".join(line[60:] for line in after.splitlines())
+    assert "Sure! A Large Language Model is a neural network" in column and "No idea" not in column
+
+
+def test_the_split_has_no_question_twice(run):
+    state = json.loads(next(run.glob("checkpoint-50/trainer_state.json")).read_text())
+    assert state["global_step"] == 50
+    questions = {pair["question"] for pair in make_pairs()}
+    assert len(questions) > 64  # so that holding out whole questions is possible at all
+
+
+def test_files_and_precision(run):
+    merged = load_file(run / "merged" / "model.safetensors")
+    assert {weight.dtype for weight in merged.values()} == {torch.float16}
+    adapter = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert {weight.dtype for weight in adapter.values()} == {torch.float32}
+    kept = [path for folder in ("merged", "adapter", "curves") for path in (run / folder).iterdir()]
+    assert {path.suffix for path in kept} == {".json", ".jinja", ".md", ".safetensors", ".png"}
+    assert len(list(run.glob("checkpoint-*"))) == 2
+
+
+def test_the_merge_is_base_plus_adapter(rehearsal, run):
+    """W + (alpha / r) B A for every adapted layer, computed here; everything else as in the base."""
+    base = load_file(rehearsal[0] / "made" / "model" / "model.safetensors")
+    merged = load_file(run / "merged" / "model.safetensors")
+    adapter = load_file(run / "adapter" / "adapter_model.safetensors")
+    adapted = {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for name in adapter if "lora_A" in name
+    }
+    assert len(adapted) == 21 and merged.keys() == base.keys()
+    for name, weight in merged.items():
+        expected = base[name].half().float()
+        if (layer := name.removesuffix(".weight")) in adapted:
+            a, b = (adapter[f"base_model.model.{layer}.lora_{part}.weight"] for part in "AB")
+            assert b.any()
+            expected = expected + b @ a
+        assert torch.allclose(weight.float(), expected, atol=2e-3, rtol=2e-3), name
+
+
+def test_card(run):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(run / "merged" / "README.md")
+    assert card.data.base_model == "rehearsal/tiny-chat" and card.data.datasets == ["rehearsal/tiny-pairs"]
+    assert {"dpo", "trl", "lora"} <= set(card.data.tags) and card.data.pipeline_tag == "text-generation"
+    text = card.text
+    assert f'pipeline("text-generation", model="{REPOSITORY}")' in text and "<s><|im_start|>system" in text
+    assert "| learning_rate | 0.0005 |" in text and "| beta | 0.1 |" in text and "| a duplicate | 3 |" in text
+    assert "296 pairs to train on and 64 held out, of 368 rows" in text
+    share = dict(re.findall(r"\| (base|trained|merged), \S+ \| ([\d.]+)% \|", text))
+    assert float(share["base"]) < 70 and float(share["trained"]) >= 95 and float(share["merged"]) >= 95
+    states = json.loads((run / "checkpoint-50" / "trainer_state.json").read_text())["log_history"]
+    last = next(entry for entry in reversed(states) if "eval_loss" in entry)
+    assert f"| rewards/margins | {last['eval_rewards/margins']:.4f} |" in text
+    for name in ("loss", "rewards", "margins", "accuracies"):
+        assert f"curves/{name}.png" in text
+
+
+def client(hub, home, source, token=True):
+    """Runs Python source in a fresh process with an empty cache, against the Hub. Returns what it printed."""
+    environment = os.environ | hub.environment(home) | {"PYTHONPATH": str(Path(__file__).parent)}
+    if not token:
+        environment["HF_TOKEN"] = ""
+    done = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture
+def hub(rehearsal):
+    with Hub(rehearsal[0] / "hub") as hub:
+        yield hub
+
+
+def test_pushed_is_what_was_saved(hub, run):
+    assert hub.repos["model", REPOSITORY]["private"]
+    pushed = hub.folder(REPOSITORY)
+    local = {path.relative_to(run / "merged"): path for path in (run / "merged").iterdir()}
+    local |= {path.relative_to(run): path for folder in ("adapter", "curves") for path in (run / folder).iterdir()}
+    del local[Path("adapter/README.md")]
+    assert {path.relative_to(pushed) for path in pushed.rglob("*") if path.is_file()} == set(local)
+    for name, path in local.items():
+        assert (pushed / name).read_bytes() == path.read_bytes(), name
+    base = load_file(hub.folder("rehearsal/tiny-chat") / "model.safetensors")
+    merged = load_file(pushed / "model.safetensors")
+    assert any(not torch.equal(base[name].half(), merged[name]) for name in merged)
+
+
+RELOAD = f"""
+import json, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+tokenizer = AutoTokenizer.from_pretrained("{REPOSITORY}")
+model = AutoModelForCausalLM.from_pretrained("{REPOSITORY}", dtype=torch.float32)
+base = AutoModelForCausalLM.from_pretrained("rehearsal/tiny-chat", dtype=torch.float32)
+ids = tokenizer({CHAT!r}, return_tensors="pt").input_ids
+with torch.no_grad():
+    merged = model(ids).logits
+    plain = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, "{REPOSITORY}", subfolder="adapter")(ids).logits
+turns = [{{"role": "user", "content": "What is a Large Language Model?"}}]
+answer = pipeline("text-generation", model=model, tokenizer=tokenizer)(turns, do_sample=False, return_full_text=False)
+print(json.dumps(dict(
+    ids=ids[0].tolist(),
+    to_adapted=(merged - adapted).abs().max().item(),
+    to_base=(merged - plain).abs().max().item(),
+    answer=answer[0]["generated_text"],
+)))
+"""
+
+
+def test_reload_from_the_hub_with_an_empty_cache(hub, tmp_path):
+    found = json.loads(client(hub, tmp_path, RELOAD).splitlines()[-1])
+    assert found["ids"] == TRUE_IDS
+    assert found["to_adapted"] < 0.1 < found["to_base"]
+    assert found["answer"].startswith("Sure")
+
+
+def test_private_means_private(hub, tmp_path):
+    source = f"""
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import RepositoryNotFoundError
+try:
+    hf_hub_download("{REPOSITORY}", "config.json")
+except RepositoryNotFoundError:
+    print("refused")
+"""
+    assert client(hub, tmp_path, source, token=False).strip() == "refused"
+
+
+def test_push_again_sends_nothing_twice(hub, run, tmp_path):
+    commits = len(hub.repos["model", REPOSITORY]["commits"])
+    source = f"""
+from pathlib import Path
+from notebook import run_cell
+from huggingface_hub import HfApi
+run = Path({str(run)!r})
+run_cell("push", dict(
+    push_to_hub=True, private=True, hub_user="rehearsal", hub_id="{REPOSITORY}", HfApi=HfApi,
+    adapter_dir=run / "adapter", curves_dir=run / "curves", merged_dir=run / "merged",
+))
+"""
+    assert "(private)" in client(hub, tmp_path, source)
+    assert not [path for method, path in hub.requests if method == "PUT"]
+    assert len(hub.repos["model", REPOSITORY]["commits"]) == commits
+
+
+def test_title_names_no_private_place():
+    assert not [cell.id for cell in NOTEBOOK.cells if re.search(r"/(work|home|root|tmp)/", cell.source)]
