@@ -79,7 +79,7 @@ def test_loss_margins_and_gradient_are_the_papers(prepare, models):
 
     assert expected.item() != pytest.approx(math.log(2), abs=1e-3)  # the perturbed adapter is really in play
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    margins = [w - l for w, l in zip(rewards_w, rewards_l, strict=True)]
+    margins = [chosen - rejected for chosen, rejected in zip(rewards_w, rewards_l, strict=True)]
     assert metrics["rewards/margins"] == pytest.approx(sum(margins) / 6, rel=1e-4, abs=1e-5)
     assert metrics["rewards/chosen"] == pytest.approx(sum(rewards_w) / 6, rel=1e-4, abs=1e-5)
     assert metrics["rewards/accuracies"] == pytest.approx(sum(m > 0 for m in margins) / 6)
