@@ -1,4 +1,4 @@
-"""Tiny chat models of four families, with random weights: what a family is known by is its tokenizer and its template."""
+"""Tiny chat models of four families, with random weights: what tells the families apart is tokenizer and template."""
 
 import json
 from pathlib import Path
@@ -132,6 +132,5 @@ def make(family, folder):
         )
         config = MistralConfig(vocab_size=vocabulary, bos_token_id=1, eos_token_id=600 if chatml else 2, **SIZE)
         model = MistralForCausalLM(config)
-    # Wide enough that random weights prefer something: with the usual 0.02 all answers are equally likely.
     model.to(torch.float16).save_pretrained(folder)
     return folder

@@ -1,5 +1,7 @@
 """What is trained is written through the chat template, begins and ends once, and is what will be asked."""
 
+from collections import Counter
+
 import pytest
 from notebook import functions, run_cells
 from standins import TEXT
@@ -137,6 +139,18 @@ def test_a_prompt_that_merges_with_its_answer_fails(nb):
 
     with pytest.raises(AssertionError, match="must stand unchanged"):
         nb["check_row"](Template(), row)
+
+
+def test_turns_that_a_template_refuses_are_dropped(models, tmp_path):
+    """Two turns of the user's in a row, which Mistral-Instruct's template does not take, cost a row and not the run."""
+    turns = [USER, USER]
+    namespace = functions(base_model=models["mistral-instruct"])
+    good = {"turns": [USER], "chosen": "A grant.", "rejected": "A work."}
+    namespace |= {"pairs": [good, good | {"turns": turns}], "dropped": Counter(), "raw": [0, 1]}
+    run_cells("tokenizer", "format-rows", namespace)
+    assert (
+        namespace["dropped"] == {"the chat template refuses the order of the turns": 1} and len(namespace["rows"]) == 1
+    )
 
 
 def test_end_of_turn_other_than_eos(models):

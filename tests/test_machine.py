@@ -91,6 +91,20 @@ def test_a_large_model_stops_on_a_cpu(tmp_path):
         run_cell("size", namespace)
 
 
+def test_a_folder_holds_one_run(tmp_path):
+    parameters = dict(output_dir=str(tmp_path), base_model="some/model")
+    run_cell("record", functions(**parameters))
+    run_cell("record", functions(**parameters, beta=0.7))  # nothing was trained yet
+    for step, state in ((5, '{"global_step": 5}'), (10, '{"global_st'), (15, None)):  # one whole, one cut, one empty
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert functions()["last_whole_checkpoint"](tmp_path) == tmp_path / "checkpoint-5"
+    assert run_cells("record", "record", functions(**parameters, beta=0.7, max_steps=500))["checkpoint"]
+    with pytest.raises(AssertionError, match="holds a run with beta = 0.7, not 0.1: set it back or choose another"):
+        run_cell("record", functions(**parameters))
+
+
 @pytest.fixture
 def colab(monkeypatch):
     """A stand-in of google.colab whose secrets are the dict returned; an exception as value is raised."""
@@ -126,7 +140,7 @@ def test_colab_secret_not_to_be_had(colab, monkeypatch, capsys, problem):
     namespace = functions()
     run_cell("accounts", namespace)
     assert namespace["report_to"] == "none" and namespace["hub_user"] is None
-    assert "no valid token; the model stays in dpo_run/merged" in capsys.readouterr().out
+    assert "no token to push with; the model stays in dpo_run/merged" in capsys.readouterr().out
 
 
 def test_colab_secrets_are_used_and_never_printed(colab, monkeypatch, capsys):
@@ -139,6 +153,14 @@ def test_colab_secrets_are_used_and_never_printed(colab, monkeypatch, capsys):
     assert seen == ["hf_canary"] and namespace["hub_user"] == "ada" and namespace["report_to"] == "wandb"
     printed = "".join(capsys.readouterr())
     assert "canary" not in printed and "ada; the model will be pushed, private" in printed
+
+
+def test_a_token_that_can_only_read(monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_read")
+    namespace = functions()
+    namespace["whoami"] = lambda token: {"name": "ada", "auth": {"accessToken": {"role": "read"}}}
+    run_cell("accounts", namespace)
+    assert namespace["hub_user"] is None and "can only read" in capsys.readouterr().out
 
 
 def test_a_refused_token_does_not_stop(monkeypatch, tmp_path, capsys):

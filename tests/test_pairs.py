@@ -69,6 +69,26 @@ LAYOUTS = {
         },
         PAIR,
     ),
+    "messages, only the system turn apart": (
+        {
+            "prompt": PAIR["turns"][:1],
+            "chosen": [message("user", QUESTION), message("assistant", "An insect.")],
+            "rejected": [message("user", QUESTION), message("assistant", "A bird.")],
+        },
+        PAIR,
+    ),
+    "messages that repeat the last turn": (
+        {
+            "prompt": EARLIER,
+            "chosen": [message("user", QUESTION), message("assistant", "An insect.")],
+            "rejected": [message("user", QUESTION), message("assistant", "A bird.")],
+        },
+        PAIR | {"turns": EARLIER},
+    ),
+    "prompt as a transcript": (
+        {"prompt": f"\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: {QUESTION}\n\nAssistant:", **ANSWERS},
+        PAIR | {"turns": EARLIER},
+    ),
     "transcript": (
         {
             "chosen": f"\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: {QUESTION}\n\nAssistant: An insect.",
@@ -76,6 +96,28 @@ LAYOUTS = {
         },
         PAIR | {"turns": EARLIER},
     ),
+}
+
+
+UNREADABLE = {
+    "the person has the last word": {"chosen": "\n\nHuman: Hi\n\nHuman: Y", "rejected": "\n\nHuman: Hi\n\nHuman: Z"},
+    "answers to different questions": {
+        "chosen": "\n\nHuman: Hi\n\nAssistant: Y",
+        "rejected": "\n\nHuman: Ho\n\nAssistant: Z",
+    },
+    "text before the first turn": {"chosen": "Well. Human: Hi", "rejected": "\n\nHuman: Hi\n\nAssistant: Z"},
+    "ChatML without its end": {"prompt": "<|im_start|>user\nHi<|im_start|>assistant\n", **ANSWERS},
+    "ChatML with something before it": {
+        "prompt": "X<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+        **ANSWERS,
+    },
+    "a user's message as answer": {
+        "prompt": "Hi",
+        "chosen": [message("user", "Y")],
+        "rejected": [message("user", "Z")],
+    },
+    "no messages": {"prompt": "Hi", "chosen": [], "rejected": [message("assistant", "Z")]},
+    "a number": {"question": 3, **ANSWERS},
 }
 
 
@@ -103,6 +145,14 @@ def test_layout(name, tmp_path):
     result = clean(write(tmp_path / "pairs.jsonl", [row]))
     assert result["pairs"] == [pair]
     assert result["dropped"].total() == 0
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_unreadable(name):
+    """A row that is not what its set promises is dropped rather than misread."""
+    nb, row = functions(), UNREADABLE[name]
+    layout = "messages" if isinstance(row["chosen"], list) else "chatml" if "ChatML" in name else "transcript"
+    assert nb["read_pair"](row, "question" if "question" in row else layout) is None
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from notebook import CELLS, NOTEBOOK, ROOT
+from notebook import CELLS, NOTEBOOK, ROOT, functions, run_cells
 from safetensors.torch import load_file
 from test_tokenizer import CHAT, TRUE_IDS
 
-from rehearsal.hub import Hub
-from rehearsal.world import make_pairs
+from rehearsal.hub import Failure, Handler, Hub
 
 REPOSITORY = "rehearsal/tiny-chat-dpo"
 
@@ -98,16 +97,20 @@ def test_dropped_rows(rehearsal):
 def test_answers_changed(rehearsal):
     before = outputs(rehearsal[0])["before"]
     after = outputs(rehearsal[0])["after"]
-    assert "No idea. Look up a Large Language Model" in before
-    column = "\n".join(line[60:] for line in after.splitlines())
-    assert "Sure! A Large Language Model is a neural network" in column and "No idea" not in column
+    assert "What is a Large Language Model?\nNo" in before
+    answers = [block.split("\n")[1][60:] for block in after.split("BEFORE")[1:]]
+    assert len(answers) == 3 and all(answer.startswith("Sure") for answer in answers)
 
 
-def test_the_split_has_no_question_twice(run):
-    state = json.loads(next(run.glob("checkpoint-50/trainer_state.json")).read_text())
-    assert state["global_step"] == 50
-    questions = {pair["question"] for pair in make_pairs()}
-    assert len(questions) > 64  # so that holding out whole questions is possible at all
+def test_the_split_has_no_question_twice(rehearsal, tmp_path):
+    made = rehearsal[0] / "made"
+    parameters = dict(eval_pairs=64, max_length=256, output_dir=str(tmp_path), base_model=str(made / "model"))
+    namespace = functions(dataset_id=str(made / "pairs" / "train.jsonl"), **parameters)
+    run_cells("load-pairs", "split", namespace)
+    train, held_out = (
+        {row["turns"][-1]["content"] for row in namespace[name]} for name in ("train_dataset", "eval_dataset")
+    )
+    assert len(namespace["eval_dataset"]) == 64 and train and not train & held_out
 
 
 def test_files_and_precision(run):
@@ -230,21 +233,48 @@ except RepositoryNotFoundError:
     assert client(hub, tmp_path, source, token=False).strip() == "refused"
 
 
-def test_push_again_sends_nothing_twice(hub, run, tmp_path):
-    commits = len(hub.repos["model", REPOSITORY]["commits"])
-    source = f"""
+def push(run, hub_id):
+    return f"""
 from pathlib import Path
 from notebook import run_cell
 from huggingface_hub import HfApi
 run = Path({str(run)!r})
 run_cell("push", dict(
-    push_to_hub=True, private=True, hub_user="rehearsal", hub_id="{REPOSITORY}", HfApi=HfApi,
+    push_to_hub=True, private=True, hub_user="rehearsal", hub_id="{hub_id}", HfApi=HfApi,
     adapter_dir=run / "adapter", curves_dir=run / "curves", merged_dir=run / "merged",
 ))
 """
-    assert "(private)" in client(hub, tmp_path, source)
+
+
+def test_push_again_sends_nothing_twice(hub, run, tmp_path):
+    commits = len(hub.repos["model", REPOSITORY]["commits"])
+    assert "(private)" in client(hub, tmp_path, push(run, REPOSITORY))
     assert not [path for method, path in hub.requests if method == "PUT"]
     assert len(hub.repos["model", REPOSITORY]["commits"]) == commits
+
+
+def test_push_again_after_a_failed_commit(hub, run, tmp_path, monkeypatch):
+    """A commit of the weights that the Hub fails costs nothing: the next run of the cell completes the push."""
+    commit, failed = Handler.commit, []
+
+    def fail_once(self, key, revision):
+        if "safetensors" in (body := b"".join(self.body)).decode() and not failed:
+            failed.append(key)
+            raise Failure(503, "Service unavailable")
+        self.body = iter([body])
+        commit(self, key, revision)
+
+    monkeypatch.setattr(Handler, "commit", fail_once)
+    with pytest.raises(AssertionError, match="503"):
+        client(hub, tmp_path, push(run, "rehearsal/again"))
+    assert failed
+    assert "(private)" in client(hub, tmp_path, push(run, "rehearsal/again"))
+    uploads = [path for method, path in hub.requests if method == "PUT"]
+    assert len(uploads) == len(set(uploads))  # no content was sent twice
+    assert (
+        hub.folder("rehearsal/again").joinpath("model.safetensors").read_bytes()
+        == (run / "merged" / "model.safetensors").read_bytes()
+    )
 
 
 def test_title_names_no_private_place():

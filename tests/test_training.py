@@ -26,6 +26,7 @@ def prepare(models, pairs_file, tmp_path):
         parameters = {**SMALL, "dataset_id": pairs_file, "output_dir": str(tmp_path / "run"), **changes}
         namespace = {"sys": sys}
         run_cells("parameters", "check-4bit", namespace, base_model=models[family], **parameters)
+        namespace["answers_before"] = []
         return run_cells("lora", "check-trainer", namespace)
 
     return run
@@ -43,6 +44,14 @@ def gradients(model):
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.zero_grad()
     return found
+
+
+def gradient(trainer):
+    """The gradient of the adapter on the first four training pairs."""
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(4)]))
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, batch).backward()
+    return gradients(trainer.model)
 
 
 def test_loss_margins_and_gradient_are_the_papers(prepare, models):
@@ -94,17 +103,29 @@ def test_gradient_is_the_same_after_an_evaluation(prepare):
     nb = prepare("chatml")
     trainer = nb["trainer"]
     perturb(trainer.model)
-    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(4)]))
-
-    def gradient():
-        trainer.model.train()
-        trainer.compute_loss(trainer.model, batch).backward()
-        return gradients(trainer.model)
-
-    before = gradient()
+    before = gradient(trainer)
     trainer.evaluate()
-    for name, after in gradient().items():
+    for name, after in gradient(trainer).items():
         assert torch.equal(before[name], after), name
+    # Other CPUs do not show it, so the cure is looked for as well.
+    layers = [module for module in trainer.model.modules() if isinstance(module, nb["Linear4bit"])]
+    assert len(layers) == 14 and not any(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
+def test_gradient_checkpointing_changes_nothing(prepare):
+    """Every run on a GPU recomputes activations in the backward pass; here it is compared with one that keeps them."""
+    nb = prepare("chatml")
+    perturb(nb["trainer"].model)
+    kept = gradient(nb["trainer"])
+    run_cells("load-model", "check-4bit", nb)
+    nb["training_args"].gradient_checkpointing = True
+    run_cells("trainer", "check-trainer", nb)
+    nb["trainer"].model.gradient_checkpointing_enable()  # as `train` does at its start
+    perturb(nb["trainer"].model)
+    recomputed = gradient(nb["trainer"])
+    assert nb["trainer"].model.get_base_model().is_gradient_checkpointing and recomputed.keys() == kept.keys()
+    for name, value in recomputed.items():
+        assert torch.allclose(kept[name], value, atol=1e-6), name
 
 
 def test_four_bit_base_and_float32_adapter(prepare):
@@ -172,18 +193,34 @@ def test_check_loss_fails(prepare, losses, message):
         run_cell("held-out", nb)
 
 
+def test_a_merge_that_does_nothing_fails(prepare, monkeypatch):
+    nb = prepare(load_in_4bit=False)
+    run_cells("train", "free", nb)
+    monkeypatch.setattr(nb["PeftModel"], "merge_and_unload", lambda self: self.unload(), raising=False)
+    with pytest.raises(AssertionError, match="The adapter was not merged"):
+        run_cell("merge-fp16", nb)
+
+
+def test_too_little_memory_for_the_merge_is_one_sentence(prepare):
+    nb = prepare(load_in_4bit=False)
+    run_cells("train", "free", nb)
+    nb["merge_size"] = 2**50
+    with pytest.raises(AssertionError, match="The merge needs .* GB of main memory, .* The adapter is safe in"):
+        run_cell("merge-fp16", nb)
+
+
 def test_check_merge_fails(prepare):
     nb = prepare(load_in_4bit=False)
-    run_cells("train", "merge-fp16", nb)
+    run_cells("train", "save-merged", nb)
     nb["scores"]["trained, 16-bit"] = (nb["scores"]["trained, 16-bit"][0] + 0.5, 0.0)
-    with pytest.raises(AssertionError, match="The merge changed the ranking"):
+    with pytest.raises(AssertionError, match="more or fewer of the chosen answers"):
         run_cell("score-merged", nb)
 
 
 def test_the_merge_gets_the_memory_of_the_trained_model(prepare):
     nb = prepare("chatml")
     model, trainer = weakref.ref(nb["trainer"].model), weakref.ref(nb["trainer"])
-    run_cells("train", "merge-fp16", nb)
+    run_cells("train", "free", nb)
     assert model() is None and trainer() is None
 
 
@@ -260,7 +297,7 @@ def test_mistral_instruct(models, pairs_file, tmp_path):
     executed = papermill(tmp_path, base_model=models["mistral-instruct"], dataset_id=pairs_file)
     check_run(tmp_path / "dpo_run")
     text = json.dumps(executed)
-    assert "folded into the first user turn" in text and "no valid token" in text
+    assert "folded into the first user turn" in text and "no token to push with" in text
 
 
 def test_script_killed_and_run_again(models, pairs_file, tmp_path, script):
@@ -279,7 +316,8 @@ def test_script_killed_and_run_again(models, pairs_file, tmp_path, script):
 
     assert start(tmp_path / "uncut").wait() == 0, (tmp_path / "uncut" / "log.txt").read_text()[-3000:]
     cut = start(tmp_path / "cut")
-    while not (tmp_path / "cut" / "dpo_run" / "checkpoint-4" / "trainer_state.json").exists():
+    # Cut while a checkpoint is being written, most likely: the one before it is whole.
+    while not (tmp_path / "cut" / "dpo_run" / "checkpoint-6").exists():
         assert cut.poll() is None, (tmp_path / "cut" / "log.txt").read_text()[-3000:]
         time.sleep(0.01)
     os.kill(cut.pid, signal.SIGKILL)
@@ -296,9 +334,17 @@ def test_script_killed_and_run_again(models, pairs_file, tmp_path, script):
     weights = [load_file(run / "merged" / "model.safetensors") for run in runs]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
-    # A third run finds training complete and changes nothing.
-    assert start(tmp_path / "cut").wait() == 0, (tmp_path / "cut" / "log.txt").read_text()[-3000:]
+    # Two more runs find training complete and change nothing.
+    adapter = (runs[1] / "adapter" / "adapter_model.safetensors").read_bytes()
+    for _ in range(2):
+        assert start(tmp_path / "cut").wait() == 0, (tmp_path / "cut" / "log.txt").read_text()[-3000:]
+        assert {path.name for path in runs[1].glob("checkpoint-*")} == {"checkpoint-14", "checkpoint-16"}
+        assert (runs[1] / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+        assert torch.equal(
+            load_file(runs[1] / "merged" / "model.safetensors")["lm_head.weight"], weights[0]["lm_head.weight"]
+        )
     assert losses_of(runs[1]) == losses[0]
+    assert "Training was complete" in (tmp_path / "cut" / "log.txt").read_text()
 
 
 def losses_of(run):
