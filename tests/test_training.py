@@ -56,8 +56,8 @@ def gradient(trainer):
 
 def test_loss_margins_and_gradient_are_the_papers(prepare, models):
     """Against Rafailov et al. (2023), equation 7, with the reference loaded as a model of its own."""
-    nb = prepare(load_in_4bit=False)
-    trainer, beta = nb["trainer"], nb["beta"]
+    nb = prepare(load_in_4bit=False, beta=0.3, lora_alpha=8)  # neither is a default of the libraries
+    trainer, beta = nb["trainer"], 0.3
     perturb(trainer.model)
     reference = nb["AutoModelForCausalLM"].from_pretrained(models["qwen"], dtype=torch.float32)
     rows = [trainer.train_dataset[i] for i in range(6)]
