@@ -2,9 +2,9 @@
 
     python -m rehearsal [--output FOLDER] [--picture FILE]
 
-Makes a tiny chat model and preference pairs, serves them from a local Hub to the real client libraries, executes the
-notebook with papermill, its push included, and leaves everything in one folder. What it shows is that the notebook works
-and what its curves look like, not what DPO does to a model of seven billion parameters.
+Makes a tiny chat model and preference pairs, serves them from a local Hub to the real client libraries, executes
+the notebook with papermill, its push included, and leaves everything in one folder. What it shows is that the
+notebook works and what its curves look like, not what DPO does to a model of seven billion parameters.
 """
 
 import argparse
@@ -66,6 +66,7 @@ def rehearse(output, **changes):
     (made / "pairs").mkdir(parents=True)
     with open(made / "pairs" / "train.jsonl", "w") as file:
         file.writelines(json.dumps(pair) + "\n" for pair in make_pairs())
+    print("executing the notebook, which takes longer than that", flush=True)
     with Hub(output / "hub") as hub:
         hub.add(BASE, made / "model")
         hub.add(DATASET, made / "pairs", repo_type="dataset")
@@ -87,7 +88,7 @@ def summary(output, hub, seconds):
     pushed = len(list(hub.folder(f"{hub.user}/{TUNED}").rglob("*.safetensors")))
     return f"""Pairs:      {kept} kept, {dropped} dropped; the notebook shows why
 Ranking:    chosen answer likelier per token on held-out pairs: base {share["base"]}, tuned {share["trained"]}, merged {share["merged"]}
-Rewards:    held-out accuracy {accuracy[0]:.1%} before training, {accuracy[-1]:.1%} after
+Rewards:    held-out accuracy {accuracy[0]:.1%} before training (a tie, by definition), {accuracy[-1]:.1%} after
 Hub:        {hub.user}/{TUNED}, private, {pushed} safetensors files
 Left in {output}/ after {seconds:.0f} s: dpo_finetune.html (read this), dpo_finetune.ipynb, dpo_run/curves, dpo_run/merged"""
 

@@ -150,7 +150,7 @@ def test_card(run):
     text = card.text
     assert f'pipeline("text-generation", model="{REPOSITORY}")' in text and "<s><|im_start|>system" in text
     assert "| learning_rate | 0.0005 |" in text and "| beta | 0.1 |" in text and "| a duplicate | 3 |" in text
-    assert "296 pairs to train on and 64 held out, of 368 rows" in text
+    assert "296 pairs to train on and 64 held out, of 368 rows; 8 dropped" in text
     share = dict(re.findall(r"\| (base|trained|merged), \S+ \| ([\d.]+)% \|", text))
     assert float(share["base"]) < 70 and float(share["trained"]) >= 95 and float(share["merged"]) >= 95
     states = json.loads((run / "checkpoint-50" / "trainer_state.json").read_text())["log_history"]
