@@ -60,8 +60,10 @@ def run_notebook(folder, environment, **parameters):
 
 def rehearse(output, **changes):
     """The whole rehearsal in the folder `output`, which is made anew. Returns the local Hub, stopped."""
-    shutil.rmtree(output, ignore_errors=True)
     made = output / "made"
+    if output.exists() and any(output.iterdir()) and not made.exists():
+        raise SystemExit(f"{output} holds other things than a rehearsal: choose another --output.")
+    shutil.rmtree(output, ignore_errors=True)
     make_model(made / "model")
     (made / "pairs").mkdir(parents=True)
     with open(made / "pairs" / "train.jsonl", "w") as file:

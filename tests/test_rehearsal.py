@@ -277,5 +277,13 @@ def test_push_again_after_a_failed_commit(hub, run, tmp_path, monkeypatch):
     )
 
 
+def test_a_folder_with_other_things_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    command = [sys.executable, "-m", "rehearsal", "--output", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "holds other things than a rehearsal" in done.stderr
+    assert (tmp_path / "thesis.txt").exists()
+
+
 def test_title_names_no_private_place():
     assert not [cell.id for cell in NOTEBOOK.cells if re.search(r"/(work|home|root|tmp)/", cell.source)]
