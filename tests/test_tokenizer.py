@@ -10,7 +10,7 @@ import standins
 from notebook import functions
 from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
-from transformers import AutoTokenizer, MistralConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 
 MISTRAL = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
 # Made by transformers 4.57 from OpenHermes' files, slow and fast alike: how that model was trained. The first id is bos.
@@ -76,7 +76,17 @@ def with_tokenizer_json(folder):
     return folder
 
 
-@pytest.fixture(params=[repository, with_tokenizer_json], ids=["tokenizer.model alone", "tokenizer.json too"])
+def llama_repository(folder):
+    """The first again, under a Llama's config.json, for which transformers chooses another tokenizer class."""
+    repository(folder)
+    LlamaConfig(vocab_size=32002, **standins.SIZE).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(
+    params=[repository, with_tokenizer_json, llama_repository],
+    ids=["tokenizer.model alone", "tokenizer.json too", "tokenizer.model alone, Llama"],
+)
 def folder(request, tmp_path):
     return request.param(tmp_path / "base")
 
