@@ -96,6 +96,12 @@ def test_something_after_the_end_fails(nb):
         nb["check_row"](nb["tokenizer"], row_of(nb, rejected=row_of(nb)["rejected"] + "\n"))
 
 
+def test_no_end_fails(nb):
+    chosen = row_of(nb)["chosen"].removesuffix(nb["tokenizer"].eos_token)
+    with pytest.raises(AssertionError, match="must end in exactly one"):
+        nb["check_row"](nb["tokenizer"], row_of(nb, chosen=chosen))
+
+
 def test_another_prompt_than_asked_fails(nb):
     with pytest.raises(AssertionError, match="Training and asking differ"):
         nb["check_row"](nb["tokenizer"], row_of(nb, prompt=row_of(nb)["prompt"] + " "))

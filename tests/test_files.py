@@ -59,7 +59,7 @@ def test_ruff(command):
     subprocess.run([sys.executable, "-m", "ruff", *command, "--line-length", "120", *folders], check=True)
 
 
-def test_markdown_table_and_headings():
+def test_sections_in_reading_order():
     headings = [
         cell.source.splitlines()[0]
         for cell in NOTEBOOK.cells

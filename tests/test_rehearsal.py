@@ -285,5 +285,5 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
     assert (tmp_path / "thesis.txt").exists()
 
 
-def test_title_names_no_private_place():
+def test_no_cell_names_a_folder_of_one_machine():
     assert not [cell.id for cell in NOTEBOOK.cells if re.search(r"/(work|home|root|tmp)/", cell.source)]
