@@ -17,6 +17,8 @@ os.environ["HF_TOKEN_PATH"] = os.devnull
 os.environ["WANDB_MODE"] = "offline"
 
 import standins  # noqa: E402
+from notebook import run_cells  # noqa: E402
+from trainers import SMALL  # noqa: E402
 
 FAMILIES = ("chatml", "llama3", "qwen", "mistral-instruct")
 
@@ -48,3 +50,17 @@ def pairs_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     path.write_text("".join(json.dumps(pair) + "\n" for pair in some_pairs(60)))
     return str(path)
+
+
+@pytest.fixture
+def prepare(models, pairs_file, tmp_path):
+    """Runs the notebook's cells up to the built and checked trainer."""
+
+    def run(family="qwen", **changes):
+        parameters = {**SMALL, "dataset_id": pairs_file, "output_dir": str(tmp_path / "run"), **changes}
+        namespace = {"sys": sys}
+        run_cells("parameters", "check-4bit", namespace, base_model=models[family], **parameters)
+        namespace["answers_before"] = []
+        return run_cells("lora", "check-trainer", namespace)
+
+    return run

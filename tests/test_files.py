@@ -55,7 +55,7 @@ def test_no_remote_code_and_no_pickles():
     "command", [["format", "--check"], ["check", "--select", "E,F,I,B,UP", "--ignore", "E501"]], ids=["format", "lint"]
 )
 def test_ruff(command):
-    folders = [PATH, ROOT / "rehearsal", ROOT / "tests"]
+    folders = [PATH, *(ROOT / name for name in ("benchmarks", "rehearsal", "tests"))]
     subprocess.run([sys.executable, "-m", "ruff", *command, "--line-length", "120", *folders], check=True)
 
 

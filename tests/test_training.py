@@ -14,44 +14,7 @@ import pytest
 import torch
 from notebook import PATH, run_cell, run_cells
 from safetensors.torch import load_file
-
-SMALL = dict(eval_pairs=8, max_steps=4, warmup_steps=1, pairs_per_step=8, max_length=512, learning_rate=1e-3)
-
-
-@pytest.fixture
-def prepare(models, pairs_file, tmp_path):
-    """Runs the notebook's cells up to the built and checked trainer."""
-
-    def run(family="qwen", **changes):
-        parameters = {**SMALL, "dataset_id": pairs_file, "output_dir": str(tmp_path / "run"), **changes}
-        namespace = {"sys": sys}
-        run_cells("parameters", "check-4bit", namespace, base_model=models[family], **parameters)
-        namespace["answers_before"] = []
-        return run_cells("lora", "check-trainer", namespace)
-
-    return run
-
-
-def perturb(model):
-    """Moves the adapter off its start, where policy and reference are equal and much could go wrong unseen."""
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.05)
-
-
-def gradients(model):
-    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-    model.zero_grad()
-    return found
-
-
-def gradient(trainer):
-    """The gradient of the adapter on the first four training pairs."""
-    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(4)]))
-    trainer.model.train()
-    trainer.compute_loss(trainer.model, batch).backward()
-    return gradients(trainer.model)
+from trainers import SMALL, gradient, gradients, perturb
 
 
 def test_loss_margins_and_gradient_are_the_papers(prepare, models):
@@ -92,10 +55,10 @@ def test_loss_margins_and_gradient_are_the_papers(prepare, models):
     assert metrics["rewards/margins"] == pytest.approx(sum(margins) / 6, rel=1e-4, abs=1e-5)
     assert metrics["rewards/chosen"] == pytest.approx(sum(rewards_w) / 6, rel=1e-4, abs=1e-5)
     assert metrics["rewards/accuracies"] == pytest.approx(sum(m > 0 for m in margins) / 6)
-    for name, gradient in gradients(trainer.model).items():
-        scale = gradient.abs().max().item()
-        assert torch.allclose(found[name], gradient, rtol=0, atol=1e-5 * max(scale, 1.0)), name
-        assert torch.nn.functional.cosine_similarity(found[name].flatten(), gradient.flatten(), 0) > 1 - 1e-5
+    for name, value in gradients(trainer.model).items():
+        scale = value.abs().max().item()
+        assert torch.allclose(found[name], value, rtol=0, atol=1e-5 * max(scale, 1.0)), name
+        assert torch.nn.functional.cosine_similarity(found[name].flatten(), value.flatten(), 0) > 1 - 1e-5
 
 
 def test_gradient_is_the_same_after_an_evaluation(prepare):
@@ -168,16 +131,16 @@ def test_check_trainer_fails_on_size(prepare):
 
 def test_check_trainer_fails_on_tokens(prepare):
     nb = prepare()
-    first = nb["trainer"].train_dataset[0]["prompt_ids"]
+    first = nb["tokenized"][0]["prompt_ids"]
     change = lambda row: {"prompt_ids": row["prompt_ids"][1:] if row["prompt_ids"] == first else row["prompt_ids"]}  # noqa: E731
-    nb["trainer"].train_dataset = nb["trainer"].train_dataset.map(change)
+    nb["tokenized"] = nb["tokenized"].map(change)
     with pytest.raises(AssertionError, match="TRL made other tokens"):
         run_cell("check-trainer", nb)
 
 
 def test_check_trainer_fails_on_rows(prepare):
     nb = prepare()
-    nb["trainer"].train_dataset = nb["trainer"].train_dataset.select(range(5))
+    nb["tokenized"] = nb["tokenized"].select(range(5))
     with pytest.raises(AssertionError, match="TRL dropped rows"):
         run_cell("check-trainer", nb)
 
