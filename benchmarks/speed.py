@@ -9,6 +9,7 @@ Four variants train on the same pairs in the same steps, each in a process of it
     stock       TRL with its defaults: batch 4, gradient checkpointing, the adapter switched off for the reference
     stock-kept  the same without gradient checkpointing, where memory allows that
     notebook    the cells of dpo_finetune.ipynb, from its parameters to its training
+and, on a GPU, notebook-tight: the same planned with no more memory than the recipe took.
 Weights are random and texts are random words: speed and memory do not depend on what a model has learnt. Step times leave
 out the first step, evaluation and saving. Nothing is downloaded.
 """
@@ -28,7 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-VARIANTS = ("recipe", "stock", "stock-kept", "notebook")
+VARIANTS = ("recipe", "stock", "stock-kept", "notebook", "notebook-tight")
 # Tokens of 80 pairs of Intel/orca_dpo_pairs, ChatML included: shares of the pairs, and the length each stays under.
 SHARES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 MIXES = {  # prompt, chosen, rejected
@@ -114,12 +115,14 @@ def matmul_rate(device):
 
 def run_variant(variant, folder, parameters, cap):
     """Trains one variant in this process. Returns what was measured."""
+    import gc
+
     import nbformat
     import torch
     from transformers import TrainerCallback, set_seed
     from trl import DPOConfig, DPOTrainer
 
-    cuda = torch.cuda.is_available() and not parameters.get("use_cpu")
+    cuda = torch.cuda.is_available()
     source = nbformat.read(ROOT / "dpo_finetune.ipynb", as_version=4)
     cells = {cell.id: cell.source for cell in source.cells if cell.cell_type == "code"}
     # Installing and generating are no part of training.
@@ -138,7 +141,7 @@ def run_variant(variant, folder, parameters, cap):
         torch.cuda.set_per_process_memory_fraction(cap * 1e9 / torch.cuda.get_device_properties(0).total_memory)
 
     run("parameters", "check-4bit")
-    if variant == "notebook":
+    if variant.startswith("notebook"):
         run("lora", "trainer")
     else:
         bf16 = notebook["dtype"] == torch.bfloat16
@@ -149,6 +152,8 @@ def run_variant(variant, folder, parameters, cap):
                 load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=notebook["dtype"]
             )
             settings = dict(dtype=notebook["dtype"], quantization_config=quantization if cuda else None)
+            notebook["model"] = notebook["module"] = None  # the first gives its memory up
+            gc.collect()
             notebook["model"], reference = (load(notebook["base_model"], **settings) for _ in range(2))
         set_seed(notebook["seed"])
         arguments = DPOConfig(
@@ -221,7 +226,7 @@ def run_variant(variant, folder, parameters, cap):
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    if variant == "notebook":
+    if variant.startswith("notebook"):
         run("check-trainer", "train")
     else:
         trainer.train()
@@ -270,8 +275,6 @@ def child(variant, folder, parameters, arguments, cap=None):
         environment["CUDA_VISIBLE_DEVICES"] = ""
         # glibc gives large blocks back at once and asks for them again, which would be most of what is measured here.
         environment.update(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**40))
-    else:
-        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     with tempfile.TemporaryDirectory(dir=folder) as place:
         settings = dict(parameters, output_dir=str(Path(place, "run")))
         job = dict(variant=variant, folder=str(folder), parameters=settings, cap=cap, result=str(Path(place, "result")))
@@ -319,14 +322,10 @@ def report(results, rate):
                 lines.append(
                     f"- notebook / {name}: {speed(ours) / speed(variants[name]):.2f} times the pairs per second"
                 )
-        largest = {
-            metric: max(difference(variants[name][0], ours[0], metric) for name in variants if name.startswith("stock"))
-            for metric in ("losses", "margins", "grad_norms")
-        }
-        lines.append(
-            "- largest difference to stock, relative to the largest value: "
-            + ", ".join(f"{name} {value:.1e}" for name, value in largest.items())
-        )
+        stock = [runs[0] for name, runs in variants.items() if name.startswith("stock")]
+        for metric in ("losses", "margins", "grad_norms") if stock else ():
+            largest = max(difference(run, ours[0], metric) for run in stock)
+            lines.append(f"- largest difference to stock in {metric}, relative to the largest value: {largest:.1e}")
         parts.append(f"### {mix}\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
 
@@ -372,7 +371,7 @@ def main(arguments):
     results, caps = {}, {}
     for mix in arguments.mixes:
         pairs = folder / f"{mix.replace(' ', '-')}.jsonl"
-        per_step = 16 if mix == "orca" else 8
+        per_step = 16 if mix == "orca" else 4
         write_pairs(pairs, mix, 2 * (steps * per_step + 16), SHAPES[device]["vocab_size"])
         parameters = dict(
             base_model=str(base),
@@ -395,18 +394,22 @@ def main(arguments):
                 )
             continue
         # Two kinds of stock runs and ours say what there is to say about a mix that nobody trains on.
-        variants = [name for name in arguments.variants if mix == "orca" or name != "recipe"]
+        variants = [name for name in arguments.variants if mix == "orca" or name not in ("recipe", "notebook-tight")]
+        variants = [name for name in variants if device == "cuda" or name != "notebook-tight"]
         results[mix] = {name: [] for name in variants}
         for number in range(rounds if mix == "orca" else 1):
             for variant in variants:
                 start = time.time()
-                found = child(variant, folder, parameters, arguments)
+                changes = {}
+                if variant == "notebook-tight":
+                    changes["gpu_memory"] = results[mix]["recipe"][number]["peak_bytes"] / 1e9
+                found = child(variant, folder, parameters | changes, arguments)
                 if "error" in found:
                     raise SystemExit(f"{variant} failed: {found['error']}")
                 results[mix][variant].append(found)
-                speed = found["pairs_per_second"]
+                speed = f"{found['pairs_per_second']:.3f} pairs/s, {found['train_seconds']:.0f} s of training and evaluation"
                 print(
-                    f"{mix}, round {number + 1}, {variant}: {speed:.3f} pairs/s ({time.time() - start:.0f} s)",
+                    f"{mix}, round {number + 1}, {variant}: {speed}, {time.time() - start:.0f} s in all",
                     flush=True,
                 )
 
@@ -437,7 +440,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=2, help="how often each variant runs on the orca lengths")
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a run; the first is not timed")
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps of a run; the first is not timed")
     parser.add_argument("--mixes", nargs="+", choices=MIXES, default=list(MIXES))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--caps", action="store_true", help="the notebook under 16, 24, 40 and 80 GB of GPU memory")
