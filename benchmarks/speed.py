@@ -11,7 +11,8 @@ Four variants train on the same pairs in the same steps, each in a process of it
     notebook    the cells of dpo_finetune.ipynb, from its parameters to its training
 and, on a GPU, notebook-tight: the same planned with no more memory than the recipe took.
 Weights are random and texts are random words: speed and memory do not depend on what a model has learnt. Step times leave
-out the first step, evaluation and saving. Nothing is downloaded.
+out the first step, evaluation and saving. On a CPU, glibc is told to keep the memory that it has. Nothing is downloaded.
+A cap tests memory and, at 16 GB, fp16; which kernels PyTorch takes on such a card it cannot show.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def draw_lengths(mix, count, seed):
 
 
 def write_pairs(path, mix, count, vocabulary, seed=0):
-    """Pairs of random words whose token counts are those of a mix. A word is a token; the template adds six to a prompt."""
+    """Pairs of random words whose token counts are those of a mix. A word is a token; the template adds five to a prompt."""
     rng = random.Random(seed)
     words = lambda n: " ".join(f"w{rng.randrange(vocabulary - 9)}" for _ in range(max(1, n)))  # noqa: E731
     with open(path, "w") as file:
@@ -113,7 +114,7 @@ def matmul_rate(device):
     return repeats * 2 * size**3 / (time.perf_counter() - start)
 
 
-def run_variant(variant, folder, parameters, cap):
+def run_variant(variant, parameters, cap):
     """Trains one variant in this process. Returns what was measured."""
     import gc
 
@@ -267,22 +268,29 @@ def run_variant(variant, folder, parameters, cap):
     )
 
 
-def child(variant, folder, parameters, arguments, cap=None):
-    """Runs one variant in a process of its own. Returns what it measured."""
-    environment = dict(os.environ, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="disabled")
-    environment.update(HF_TOKEN="", WANDB_API_KEY="", MPLBACKEND="Agg", TQDM_DISABLE="1", PYTHONWARNINGS="ignore")
-    if arguments.device == "cpu":
+def start_child(job, environment=None, **options):
+    """Runs a part of this script in a process of its own. Raises CalledProcessError if it fails."""
+    subprocess.run([sys.executable, __file__, "--child", json.dumps(job)], env=environment, check=True, **options)
+
+
+def measure(variant, folder, parameters, device, cap=None):
+    """What a variant measured in a process of its own, or {"error": str}."""
+    environment = dict(os.environ, HF_HUB_OFFLINE="1", HF_TOKEN="", HF_TOKEN_PATH=os.devnull, WANDB_API_KEY="")
+    environment.update(MPLBACKEND="Agg", TQDM_DISABLE="1", PYTHONWARNINGS="ignore", TOKENIZERS_PARALLELISM="false")
+    if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
-        # glibc gives large blocks back at once and asks for them again, which would be most of what is measured here.
+        # glibc gives large blocks back at once and asks for them again, which would be much of what is measured here.
         environment.update(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**40))
+    else:
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        settings = dict(parameters, output_dir=str(Path(place, "run")))
-        job = dict(variant=variant, folder=str(folder), parameters=settings, cap=cap, result=str(Path(place, "result")))
-        command = [sys.executable, __file__, "--child", json.dumps(job)]
-        done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True)
-        if done.returncode:
-            return dict(error=(done.stderr.strip().splitlines() or ["no message"])[-1])
-        return json.loads(Path(place, "result").read_text())
+        settings, result = dict(parameters, output_dir=str(Path(place, "run"))), Path(place, "result")
+        job = dict(variant=variant, parameters=settings, cap=cap, result=str(result))
+        try:
+            start_child(job, environment, cwd=place, capture_output=True, text=True)
+        except subprocess.CalledProcessError as error:
+            return dict(error=(error.stderr.strip().splitlines() or ["no message"])[-1])
+        return json.loads(result.read_text())
 
 
 def difference(a, b, name):
@@ -315,7 +323,9 @@ def report(results, rate):
             )
         header = ["variant", "pairs/s, each round", "tokens per real token", "s per step", "peak GB", "of matmul rate"]
         lines = [table([*header, "batch, checkpointing"], rows), ""]
-        ours = variants["notebook"]
+        parts.append(f"### {mix}\n\n" + "\n".join(lines))
+        if not (ours := variants.get("notebook")):
+            continue
         speed = lambda runs: sum(run["pairs_per_second"] for run in runs) / len(runs)  # noqa: E731
         for name in variants:
             if name != "notebook":
@@ -326,7 +336,7 @@ def report(results, rate):
         for metric in ("losses", "margins", "grad_norms") if stock else ():
             largest = max(difference(run, ours[0], metric) for run in stock)
             lines.append(f"- largest difference to stock in {metric}, relative to the largest value: {largest:.1e}")
-        parts.append(f"### {mix}\n\n" + "\n".join(lines))
+        parts[-1] = f"### {mix}\n\n" + "\n".join(lines)
     return "\n\n".join(parts)
 
 
@@ -338,41 +348,68 @@ def draw(results, path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 3.5))
-    for i, name in enumerate(VARIANTS):
-        bars = {}
-        for x, variants in enumerate(results.values()):
-            if name in variants:
-                mean = lambda runs: sum(run["pairs_per_second"] for run in runs) / len(runs)  # noqa: E731
-                bars[x + 0.2 * i - 0.3] = mean(variants[name]) / mean(variants["stock"])
-        axes.bar(bars.keys(), bars.values(), width=0.19, label=name)
+    mean = lambda runs: sum(run["pairs_per_second"] for run in runs) / len(runs)  # noqa: E731
+    names = [name for name in VARIANTS if any(name in variants for variants in results.values())]
+    for i, name in enumerate(names):
+        bars = {
+            x + (i - (len(names) - 1) / 2) * 0.8 / len(names): mean(variants[name]) / mean(variants["stock"])
+            for x, variants in enumerate(results.values())
+            if name in variants
+        }
+        axes.bar(bars.keys(), bars.values(), width=0.75 / len(names), label=name)
     axes.set_xticks(range(len(results)), list(results))
     axes.set(ylabel="pairs per second, stock TRL = 1", title="Training speed by lengths of the pairs")
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
-def main(arguments):
+def main(arguments, folder):
     import psutil
     import torch
 
-    device, folder = arguments.device, Path(arguments.folder or tempfile.mkdtemp(prefix="speed-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    base = folder / f"model-{device}"
+    device, base = arguments.device, folder / f"model-{arguments.device}"
+    output, stem = Path(arguments.output).resolve(), f"speed-{device}" + ("-caps" if arguments.caps else "")
+    output.mkdir(parents=True, exist_ok=True)
+    # In processes of their own, so that the memory of the GPU is given back.
     if not (base / "config.json").exists():
         print(f"writing a model with random weights to {base}", flush=True)
-        # In a process of its own, so that its memory is given back.
-        subprocess.run(
-            [sys.executable, __file__, "--child", json.dumps(dict(model=str(base), device=device))], check=True
-        )
-    rate = matmul_rate(device)
-    steps, rounds = arguments.steps, arguments.rounds
-    name = torch.cuda.get_device_name(0) if device == "cuda" else platform.processor() or platform.machine()
-    results, caps = {}, {}
-    for mix in arguments.mixes:
-        pairs = folder / f"{mix.replace(' ', '-')}.jsonl"
-        per_step = 16 if mix == "orca" else 4
+        start_child(dict(model=str(base), device=device))
+    rate = start_child(dict(rate=str(folder / "rate"), device=device)) or json.loads((folder / "rate").read_text())
+    card = torch.cuda.get_device_name(0) if device == "cuda" else platform.processor() or platform.machine()
+    found = dict(
+        date=datetime.date.today().isoformat(),
+        machine=f"{card}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 1e9:.0f} GB",
+        command=shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
+        python=platform.python_version(),
+        versions={name: version(name) for name in ("torch", "transformers", "trl", "peft", "bitsandbytes")},
+        matmul_operations_per_second=rate,
+        results={},
+        errors={},
+    )
+    steps = arguments.steps or (12 if device == "cuda" else 3)
+    jobs = []  # (mix, round, name, variant, changed parameters, cap)
+    for mix in ["orca"] if arguments.caps else arguments.mixes:
+        if arguments.caps:
+            jobs += [(mix, 0, f"{cap} GB", "notebook", dict(gpu_memory=cap), cap) for cap in (16, 24, 40, 80)]
+            continue
+        variants = arguments.variants or [
+            # On a mix that nobody trains on, stock TRL and ours say what there is to say.
+            name
+            for name in VARIANTS
+            if mix == "orca" or name not in ("recipe", "notebook-tight")
+        ]
+        for number in range(arguments.rounds if mix == "orca" else 1):
+            jobs += [(mix, number, name, name, {}, None) for name in variants]
+
+    for mix, number, name, variant, changes, cap in jobs:
+        pairs, per_step = folder / f"{mix.replace(' ', '-')}.jsonl", 16 if mix == "orca" else 4
         write_pairs(pairs, mix, 2 * (steps * per_step + 16), SHAPES[device]["vocab_size"])
+        runs = found["results"].setdefault(mix, {})
+        if name == "notebook-tight":
+            if device == "cpu" or not runs.get("recipe"):
+                continue  # no memory to be held to
+            changes = dict(gpu_memory=runs["recipe"][-1]["peak_bytes"] / 1e9)
         parameters = dict(
             base_model=str(base),
             dataset_id=str(pairs),
@@ -385,64 +422,34 @@ def main(arguments):
             pairs_per_step=per_step,
             push_to_hub=False,
         )
-        if arguments.caps:
-            for cap in (16, 24, 40, 80):
-                caps[cap] = child("notebook", folder, dict(parameters, gpu_memory=cap), arguments, cap)
-                print(
-                    f"{cap} GB: " + json.dumps({k: v for k, v in caps[cap].items() if not isinstance(v, list)}),
-                    flush=True,
-                )
-            continue
-        # Two kinds of stock runs and ours say what there is to say about a mix that nobody trains on.
-        variants = [name for name in arguments.variants if mix == "orca" or name not in ("recipe", "notebook-tight")]
-        variants = [name for name in variants if device == "cuda" or name != "notebook-tight"]
-        results[mix] = {name: [] for name in variants}
-        for number in range(rounds if mix == "orca" else 1):
-            for variant in variants:
-                start = time.time()
-                changes = {}
-                if variant == "notebook-tight":
-                    changes["gpu_memory"] = results[mix]["recipe"][number]["peak_bytes"] / 1e9
-                found = child(variant, folder, parameters | changes, arguments)
-                if "error" in found:
-                    raise SystemExit(f"{variant} failed: {found['error']}")
-                results[mix][variant].append(found)
-                speed = f"{found['pairs_per_second']:.3f} pairs/s, {found['train_seconds']:.0f} s of training and evaluation"
-                print(
-                    f"{mix}, round {number + 1}, {variant}: {speed}, {time.time() - start:.0f} s in all",
-                    flush=True,
-                )
+        start = time.time()
+        run = measure(variant, folder, parameters | changes, device, cap)
+        if "error" in run:
+            found["errors"][f"{mix}, {name}"] = line = run["error"]
+        else:
+            runs.setdefault(name, []).append(run)
+            line = f"{run['pairs_per_second']:.3f} pairs/s, {run['train_seconds']:.0f} s of training and evaluation"
+        print(f"{mix}, round {number + 1}, {name}: {line}, {time.time() - start:.0f} s in all", flush=True)
+        (output / f"{stem}.json").write_text(json.dumps(found, indent=1) + "\n")
 
-    versions = {name: version(name) for name in ("torch", "transformers", "trl", "peft", "bitsandbytes")}
-    found = dict(
-        date=datetime.date.today().isoformat(),
-        machine=f"{name}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 1e9:.0f} GB",
-        command=shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
-        python=platform.python_version(),
-        versions=versions,
-        matmul_operations_per_second=rate,
-        results=results,
-        caps=caps,
-    )
-    output = Path(arguments.output)
-    output.mkdir(parents=True, exist_ok=True)
-    stem = f"speed-{device}" + ("-caps" if arguments.caps else "")
-    (output / f"{stem}.json").write_text(json.dumps(found, indent=1) + "\n")
-    if results:
-        if "notebook" in arguments.variants and len(arguments.variants) > 1:
-            print("\n" + report(results, rate))
-            if "stock" in arguments.variants:
-                draw(results, output / f"{stem}.png")
-    print(f"\n{found['date']}, {found['machine']}, matmul {rate / 1e12:.3g} TFLOP/s; {versions}\n{found['command']}")
+    print("\n" + report(found["results"], rate))
+    if all("stock" in runs for runs in found["results"].values()):
+        draw(found["results"], output / f"{stem}.png")
+    print(f"\n{found['date']}, {found['machine']}, matmul {rate / 1e12:.3g} TFLOP/s; {found['versions']}")
+    print(found["command"])
+    if found["errors"]:
+        raise SystemExit(f"failed: {found['errors']}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=2, help="how often each variant runs on the orca lengths")
-    parser.add_argument("--steps", type=int, default=3, help="optimizer steps of a run; the first is not timed")
+    parser.add_argument(
+        "--steps", type=int, help="of a run, the first not timed; 3 on a CPU and 12 on a GPU by default"
+    )
     parser.add_argument("--mixes", nargs="+", choices=MIXES, default=list(MIXES))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS)
     parser.add_argument("--caps", action="store_true", help="the notebook under 16, 24, 40 and 80 GB of GPU memory")
     parser.add_argument("--folder", help="where model and pairs are made and kept; a temporary one by default")
     parser.add_argument("--output", default=str(Path(__file__).parent), help="where JSON and figure go")
@@ -452,8 +459,14 @@ if __name__ == "__main__":
         job = json.loads(arguments.child)
         if "model" in job:
             write_model(job["model"], job["device"])
+        elif "rate" in job:
+            Path(job["rate"]).write_text(json.dumps(matmul_rate(job["device"])))
         else:
-            result = run_variant(job["variant"], job["folder"], job["parameters"], job["cap"])
-            Path(job["result"]).write_text(json.dumps(result))
+            found = run_variant(job["variant"], job["parameters"], job["cap"])
+            Path(job["result"]).write_text(json.dumps(found))
+    elif arguments.folder:
+        Path(arguments.folder).mkdir(parents=True, exist_ok=True)
+        main(arguments, Path(arguments.folder).resolve())
     else:
-        main(arguments)
+        with tempfile.TemporaryDirectory(prefix="speed-") as temporary:
+            main(arguments, Path(temporary))

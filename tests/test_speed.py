@@ -99,6 +99,57 @@ def test_every_row_as_if_it_were_alone(name, dtype):
     assert torch.equal(shared.label_mask, stock.label_mask)
 
 
+@pytest.mark.parametrize("name", ["mistral", "mistral, window of 7"])
+def test_before_ampere(name, monkeypatch):
+    """There the mask is written out, for the sake of PyTorch's choice of kernels; the result is the same."""
+    batch = inputs(pairs(SHAPES))
+    stock = build(MODELS[name])(**batch).log_probs
+    model = build(MODELS[name])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    nb = functions()
+    masks, plain = [], nb["sdpa_attention_forward"]
+
+    def spy(module, query, key, value, mask, **options):
+        masks.append(mask)
+        return plain(module, query, key, value, mask, **options)
+
+    nb["sdpa_attention_forward"] = spy
+    nb["run_prompts_once"](model)
+    monkeypatch.undo()
+    assert torch.allclose(model(**batch).log_probs, stock, atol=1e-5)
+    assert len(masks) == 4 and all(mask.dtype == torch.bool for mask in masks)
+
+
+def test_half_precision():
+    """Under bf16 autocast the two ways differ by rounding only: no more than bf16 differs from float32."""
+    batch = inputs(pairs(SHAPES))
+    exact = build(MODELS["llama"])(**batch).log_probs
+    model = build(MODELS["llama"], torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = model(**batch).log_probs
+        functions()["run_prompts_once"](model)
+        shared = model(**batch).log_probs
+    assert (shared - plain).abs().max() <= (plain - exact).abs().max()
+
+
+def test_experts_with_a_balancing_loss_are_run_the_plain_way(models, pairs_file, tmp_path, capsys):
+    """TRL then asks for router logits, and weighs them by an attention mask of its own rows."""
+    from transformers import AutoTokenizer, MixtralConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(models["qwen"])
+    shape = {**GROUPED, "vocab_size": len(tokenizer), "num_local_experts": 2}
+    AutoModelForCausalLM.from_config(MixtralConfig(**shape)).save_pretrained(tmp_path / "mixtral")
+    tokenizer.save_pretrained(tmp_path / "mixtral")
+    parameters = {**SMALL, "dataset_id": pairs_file, "output_dir": str(tmp_path / "run"), "load_in_4bit": False}
+    nb = run_cells("parameters", "load-model", {"sys": sys}, base_model=str(tmp_path / "mixtral"), **parameters)
+    run_cells("lora", "trainer", nb)
+    run_cells("share-prompt", "longest", nb)
+    assert "MixtralForCausalLM cannot do otherwise: the loss that balances its experts" in capsys.readouterr().out
+    nb["trainer"].train()
+    assert nb["trainer"].state.global_step == 4
+
+
 def test_it_can_be_undone_and_done_twice():
     model, batch = build(MODELS["mistral, window of 7"]), inputs(pairs(SHAPES))
     run_prompts_once = functions()["run_prompts_once"]
@@ -130,14 +181,15 @@ def test_prompts_that_differ_are_refused():
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
 @pytest.mark.parametrize("load_in_4bit", [False, True], ids=["16-bit", "4-bit"])
-def test_loss_metrics_and_gradient_with_and_without(prepare, load_in_4bit, checkpointing):
+def test_loss_metrics_and_gradient_with_and_without(prepare, capsys, load_in_4bit, checkpointing):
     found = []
     for share_prompt in (False, True):
         nb = prepare("chatml", load_in_4bit=load_in_4bit, share_prompt=share_prompt)
         nb["training_args"].gradient_checkpointing = checkpointing
         trainer = nb["trainer"]
         perturb(trainer.model)
-        run_cells("order", "share-prompt", nb)
+        run_cell("share-prompt", nb)
+        assert ("Prompts are run once" in capsys.readouterr().out) == share_prompt == nb["share_prompt"]
         if checkpointing:
             trainer.model.gradient_checkpointing_enable()
         trainer.train_dataset = nb["tokenized"]
@@ -167,7 +219,8 @@ def test_twenty_steps_as_stock_trl(prepare):
     runs = []
     for share_prompt in (True, False):
         nb = prepare(share_prompt=share_prompt, **settings)
-        run_cells("order", "longest", nb)
+        run_cells("share-prompt", "longest", nb)
+        assert nb["share_prompt"] == share_prompt
         nb["trainer"].train()
         runs.append(curves(nb["trainer"]))
 
@@ -231,10 +284,12 @@ def test_a_model_that_cannot_is_run_the_plain_way(prepare, tmp_path, models, cap
         "".join(json.dumps(dict(question=f"Is {i}?", chosen="Yes.", rejected="No, " * i)) + "\n" for i in range(40))
     )
     run_cells("parameters", "check-4bit", nb, dataset_id=str(tmp_path / "pairs.jsonl"), **parameters)
-    run_cells("lora", "order", nb)
+    run_cells("lora", "check-trainer", nb)
     forward = nb["trainer"].model.get_base_model().forward
     run_cells("share-prompt", "longest", nb)
-    assert "BloomForCausalLM cannot run prompts once" in capsys.readouterr().out
+    twice = max(2 * (len(row["prompt_ids"]) + len(row["rejected_ids"])) for row in nb["tokenized"])
+    assert max(nb["row_lengths"]) == twice  # sorted by what is really run
+    assert "Prompts are run twice, since BloomForCausalLM cannot do otherwise: " in capsys.readouterr().out
     assert nb["trainer"].model.get_base_model().forward == forward
     nb["trainer"].train()
     assert nb["trainer"].state.log_history[1]["loss"] == pytest.approx(math.log(2), abs=1e-5)
@@ -243,16 +298,15 @@ def test_a_model_that_cannot_is_run_the_plain_way(prepare, tmp_path, models, cap
 def test_a_result_that_moves_is_run_the_plain_way(prepare, monkeypatch, capsys):
     """Attention that ignores where tokens belong, as a model with one of its own would have."""
     nb = prepare()
-    run_cell("order", nb)
     plain = nb["sdpa_attention_forward"]
     monkeypatch.setitem(nb, "sdpa_attention_forward", lambda *args, **kw: (plain(*args, **kw)[0] * 0.5, None))
     run_cell("share-prompt", nb)
-    assert "cannot run prompts once (the log-probabilities of a token move by" in capsys.readouterr().out
+    assert "cannot do otherwise: it moves an answer's log-probability by" in capsys.readouterr().out
+    assert not nb["share_prompt"]
 
 
 def test_off_skips_the_cell(prepare, capsys):
     nb = prepare(share_prompt=False)
-    run_cell("order", nb)
     forward = nb["trainer"].model.get_base_model().forward
     capsys.readouterr()
     run_cell("share-prompt", nb)
@@ -266,6 +320,7 @@ from notebook import run_cells
 nb = run_cells("parameters", "check-4bit", {{"sys": sys}}, **{parameters!r})
 nb["answers_before"] = []
 run_cells("lora", "longest", nb)
+assert nb["share_prompt"]
 nb["trainer"].train()
 if nb["trainer"].is_world_process_zero():
     history = [entry for entry in nb["trainer"].state.log_history if "loss" in entry]
@@ -490,16 +545,14 @@ def test_a_plan_that_cannot_be_says_what_would_fit():
 @pytest.mark.parametrize("cell", ["longest", "train"])
 def test_memory_that_runs_out_is_one_sentence(prepare, monkeypatch, cell):
     nb = prepare()
-    run_cells("order", "longest", nb)
+    run_cells("share-prompt", "longest", nb)
 
     def run_out(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(nb["trainer"].model.get_base_model(), "forward", run_out)
-    nb["memory"] = 20e9
-    with pytest.raises(
-        MemoryError, match="set gpu_memory to 16 for a smaller plan, restart the runtime and run all"
-    ) as e:
+    nb["predicted"] = 20e9
+    with pytest.raises(MemoryError, match="set gpu_memory to 23.5, restart the runtime and run all cells") as e:
         run_cell(cell, nb)
     assert e.value.__suppress_context__  # no trace of the library's own error above it
 
@@ -507,11 +560,28 @@ def test_memory_that_runs_out_is_one_sentence(prepare, monkeypatch, cell):
 def test_benchmark_runs(tmp_path):
     """The whole of benchmarks/speed.py on the mix that takes seconds."""
     command = [sys.executable, ROOT / "benchmarks" / "speed.py", "--mixes", "all short", "--steps", "2"]
-    command += ["--variants", "stock", "notebook", "--folder", tmp_path / "made", "--output", tmp_path]
+    command += ["--variants", "recipe", "stock", "notebook", "--output", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "speed-cpu.json").read_text())
     stock, ours = (found["results"]["all short"][name][0] for name in ("stock", "notebook"))
     assert ours["tokens_per_real_token"] < 0.8 < 1 < stock["tokens_per_real_token"]
     assert ours["losses"] == pytest.approx(stock["losses"], rel=1e-4)
-    assert "notebook / stock" in done.stdout and Path(tmp_path, "speed-cpu.png").stat().st_size > 5000
+    assert (
+        "notebook / recipe" in done.stdout
+        and "notebook / stock" in done.stdout
+        and Path(tmp_path, "speed-cpu.png").stat().st_size > 5000
+    )
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_remedy_leads_to_a_smaller_plan(name):
+    """Each time memory runs out the advice is followed, until the smallest plan is left."""
+    nb, plans = planned(CARDS[name]), []
+    while (nb["batch_size"], nb["checkpointing"]) != (1, True):
+        plans.append((nb["predicted"], nb["batch_size"], nb["checkpointing"]))
+        remedy = functions(**{k: nb[k] for k in ("batch_size", "checkpointing", "predicted")})["remedy"]()
+        nb = planned((1e9 * float(re.search(r"gpu_memory to ([\d.]+),", remedy)[1]), CARDS[name][1]))
+        assert nb["predicted"] < plans[-1][0]
+    remedy = functions(**{k: nb[k] for k in ("batch_size", "checkpointing", "predicted")})["remedy"]()
+    assert "set max_length to 1228 and output_dir to a new folder, restart" in remedy
