@@ -585,3 +585,13 @@ def test_the_remedy_leads_to_a_smaller_plan(name):
         assert nb["predicted"] < plans[-1][0]
     remedy = functions(**{k: nb[k] for k in ("batch_size", "checkpointing", "predicted")})["remedy"]()
     assert "set max_length to 1228 and output_dir to a new folder, restart" in remedy
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_arguments_follow_the_plan(prepare, checkpointing):
+    nb = prepare()
+    nb.update(checkpointing=checkpointing, batch_size=2, accumulation=4)
+    run_cell("training-config", nb)
+    found = nb["training_args"]
+    assert found.gradient_checkpointing == checkpointing and found.gradient_accumulation_steps == 4
+    assert found.per_device_train_batch_size == found.per_device_eval_batch_size == 2
