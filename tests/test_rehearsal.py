@@ -77,7 +77,7 @@ def test_every_step_is_shown(rehearsal):
     assert "after its core was rebuilt equal to the repository's sentencepiece model" in shown["tokenizer"]
     assert "<|im_start|>assistant" in shown["check-rows"]
     assert "21 linear layers in 4 bits" in shown["check-4bit"] and "4 at once are enough on a CPU" in shown["plan"]
-    assert "Prompts are run once" in shown["share-prompt"] and "The longest 4 pairs" in shown["longest"]
+    assert "Prompts are run once" in shown["share-prompt"] and "the longest 4 pairs" in shown["longest"]
     assert all(f"plot-{name}" in shown for name in ("loss", "rewards", "margins", "accuracies"))
     assert "(private)" in shown["push"]
     assert "hf_" not in json.dumps(shown)  # the token
