@@ -101,7 +101,10 @@ def matmul_rate(device):
     """The measured ceiling: operations per second of one large matrix product, in the precision that is trained in."""
     import torch
 
-    size, dtype, repeats = (8192, torch.bfloat16, 50) if device == "cuda" else (3072, torch.float32, 5)
+    size, dtype, repeats = 3072, torch.float32, 5
+    if device == "cuda":
+        size, repeats = 8192, 50
+        dtype = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for _ in range(3):
@@ -145,7 +148,6 @@ def run_variant(variant, parameters, cap):
     if variant.startswith("notebook"):
         run("lora", "trainer")
     else:
-        bf16 = notebook["dtype"] == torch.bfloat16
         reference = None
         if variant == "recipe":
             load = notebook["AutoModelForCausalLM"].from_pretrained
@@ -169,7 +171,8 @@ def run_variant(variant, parameters, cap):
             gradient_accumulation_steps=notebook["pairs_per_step"] // 4,
             gradient_checkpointing=variant != "stock-kept",
             optim="paged_adamw_32bit" if cuda else "adamw_torch",
-            bf16=bf16,
+            bf16=notebook["dtype"] == torch.bfloat16,
+            fp16=notebook["dtype"] == torch.float16,
             use_cpu=not cuda,
             train_sampling_strategy="sequential",  # in the order that is made below
             logging_steps=1,
@@ -260,6 +263,7 @@ def run_variant(variant, parameters, cap):
         train_seconds=total,
         batch=trainer.args.per_device_train_batch_size,
         checkpointing=trainer.args.gradient_checkpointing,
+        share_prompt=variant.startswith("notebook") and notebook["share_prompt"],
         predicted_bytes=notebook["predicted"],
         losses=[entry["loss"] for entry in history],
         margins=[entry["rewards/margins"] for entry in history],
@@ -391,7 +395,9 @@ def main(arguments, folder):
     jobs = []  # (mix, round, name, variant, changed parameters, cap)
     for mix in ["orca"] if arguments.caps else arguments.mixes:
         if arguments.caps:
-            jobs += [(mix, 0, f"{cap} GB", "notebook", dict(gpu_memory=cap), cap) for cap in (16, 24, 40, 80)]
+            whole = torch.cuda.get_device_properties(0).total_memory / 1e9
+            caps = [cap for cap in (16, 24, 40, 80) if cap <= whole]
+            jobs += [(mix, 0, f"{cap} GB", "notebook", dict(gpu_memory=cap), cap) for cap in caps]
             continue
         variants = arguments.variants or [
             # On a mix that nobody trains on, stock TRL and ours say what there is to say.

@@ -305,6 +305,15 @@ def test_a_result_that_moves_is_run_the_plain_way(prepare, monkeypatch, capsys):
     assert not nb["share_prompt"]
 
 
+def test_a_plan_that_counted_on_sharing_is_not_trained(prepare, monkeypatch):
+    nb = prepare()
+    plain = nb["sdpa_attention_forward"]
+    monkeypatch.setitem(nb, "sdpa_attention_forward", lambda *args, **kw: (plain(*args, **kw)[0] * 0.5, None))
+    nb["plan"] = lambda *args: (1, True, 0)
+    with pytest.raises(AssertionError, match="set share_prompt to False and run all cells again"):
+        run_cell("share-prompt", nb)
+
+
 def test_off_skips_the_cell(prepare, capsys):
     nb = prepare(share_prompt=False)
     forward = nb["trainer"].model.get_base_model().forward
@@ -538,7 +547,7 @@ def test_a_plan_that_cannot_be_says_what_would_fit():
     length = int(re.search(r"max_length to (\d+)", str(error.value))[1])
     assert 100 < length < 1536
     assert planned((7.9 * GB, (7, 5)), max_length=length)["batch_size"] == 1
-    with pytest.raises(ValueError, match="choose a smaller base_model or a larger GPU"):
+    with pytest.raises(ValueError, match="choose load_in_4bit, a smaller base_model or a larger GPU"):
         planned((6 * GB, (7, 5)))
 
 

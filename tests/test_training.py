@@ -183,8 +183,12 @@ def test_check_merge_fails(prepare):
 def test_the_merge_gets_the_memory_of_the_trained_model(prepare):
     nb = prepare("chatml")
     model, trainer = weakref.ref(nb["trainer"].model), weakref.ref(nb["trainer"])
-    run_cells("train", "free", nb)
+    layers = [module for module in nb["trainer"].model.modules() if isinstance(module, nb["Linear4bit"])]
+    weights = [weakref.ref(layer.weight) for layer in layers]
+    del layers
+    run_cells("share-prompt", "free", nb)
     assert model() is None and trainer() is None
+    assert weights and all(weight() is None for weight in weights)
 
 
 # Whole runs. Each family goes through the notebook by `base_model` alone; each run has a second thing to show.
