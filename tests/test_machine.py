@@ -140,6 +140,19 @@ def test_a_token_that_can_only_read(monkeypatch, capsys):
     assert namespace["hub_user"] is None and "can only read" in capsys.readouterr().out
 
 
+def test_a_token_offline_does_not_stop(monkeypatch, capsys):
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    def whoami(token):
+        raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
+
+    monkeypatch.setenv("HF_TOKEN", "hf_any")
+    namespace = functions()
+    namespace["whoami"] = whoami
+    run_cell("accounts", namespace)
+    assert namespace["hub_user"] is None and "was not accepted (OfflineModeIsEnabled)" in capsys.readouterr().out
+
+
 def test_a_refused_token_does_not_stop(monkeypatch, tmp_path, capsys):
     from rehearsal.hub import Hub
 

@@ -144,7 +144,7 @@ def test_experts_with_a_balancing_loss_are_run_the_plain_way(models, pairs_file,
     parameters = {**SMALL, "dataset_id": pairs_file, "output_dir": str(tmp_path / "run"), "load_in_4bit": False}
     nb = run_cells("parameters", "load-model", {"sys": sys}, base_model=str(tmp_path / "mixtral"), **parameters)
     run_cells("lora", "trainer", nb)
-    run_cells("share-prompt", "longest", nb)
+    run_cells("run-prompts-once", "longest", nb)
     assert "MixtralForCausalLM cannot do otherwise: the loss that balances its experts" in capsys.readouterr().out
     nb["trainer"].train()
     assert nb["trainer"].state.global_step == 4
@@ -188,7 +188,7 @@ def test_loss_metrics_and_gradient_with_and_without(prepare, capsys, load_in_4bi
         nb["training_args"].gradient_checkpointing = checkpointing
         trainer = nb["trainer"]
         perturb(trainer.model)
-        run_cell("share-prompt", nb)
+        run_cells("run-prompts-once", "share-prompt", nb)
         assert ("Prompts are run once" in capsys.readouterr().out) == share_prompt == nb["share_prompt"]
         if checkpointing:
             trainer.model.gradient_checkpointing_enable()
@@ -219,7 +219,7 @@ def test_twenty_steps_as_stock_trl(prepare):
     runs = []
     for share_prompt in (True, False):
         nb = prepare(share_prompt=share_prompt, **settings)
-        run_cells("share-prompt", "longest", nb)
+        run_cells("run-prompts-once", "longest", nb)
         assert nb["share_prompt"] == share_prompt
         nb["trainer"].train()
         runs.append(curves(nb["trainer"]))
@@ -286,7 +286,7 @@ def test_a_model_that_cannot_is_run_the_plain_way(prepare, tmp_path, models, cap
     run_cells("parameters", "check-4bit", nb, dataset_id=str(tmp_path / "pairs.jsonl"), **parameters)
     run_cells("lora", "check-trainer", nb)
     forward = nb["trainer"].model.get_base_model().forward
-    run_cells("share-prompt", "longest", nb)
+    run_cells("run-prompts-once", "longest", nb)
     twice = max(2 * (len(row["prompt_ids"]) + len(row["rejected_ids"])) for row in nb["tokenized"])
     assert max(nb["row_lengths"]) == twice  # sorted by what is really run
     assert "Prompts are run twice, since BloomForCausalLM cannot do otherwise: " in capsys.readouterr().out
@@ -300,7 +300,7 @@ def test_a_result_that_moves_is_run_the_plain_way(prepare, monkeypatch, capsys):
     nb = prepare()
     plain = nb["sdpa_attention_forward"]
     monkeypatch.setitem(nb, "sdpa_attention_forward", lambda *args, **kw: (plain(*args, **kw)[0] * 0.5, None))
-    run_cell("share-prompt", nb)
+    run_cells("run-prompts-once", "share-prompt", nb)
     assert "cannot do otherwise: it moves an answer's log-probability by" in capsys.readouterr().out
     assert not nb["share_prompt"]
 
@@ -311,14 +311,14 @@ def test_a_plan_that_counted_on_sharing_is_not_trained(prepare, monkeypatch):
     monkeypatch.setitem(nb, "sdpa_attention_forward", lambda *args, **kw: (plain(*args, **kw)[0] * 0.5, None))
     nb["plan"] = lambda *args: (1, True, 0)
     with pytest.raises(AssertionError, match="set share_prompt to False and run all cells again"):
-        run_cell("share-prompt", nb)
+        run_cells("run-prompts-once", "share-prompt", nb)
 
 
 def test_off_skips_the_cell(prepare, capsys):
     nb = prepare(share_prompt=False)
     forward = nb["trainer"].model.get_base_model().forward
     capsys.readouterr()
-    run_cell("share-prompt", nb)
+    run_cells("run-prompts-once", "share-prompt", nb)
     assert capsys.readouterr().out == "" and nb["trainer"].model.get_base_model().forward == forward
 
 
@@ -554,7 +554,7 @@ def test_a_plan_that_cannot_be_says_what_would_fit():
 @pytest.mark.parametrize("cell", ["longest", "train"])
 def test_memory_that_runs_out_is_one_sentence(prepare, monkeypatch, cell):
     nb = prepare()
-    run_cells("share-prompt", "longest", nb)
+    run_cells("run-prompts-once", "longest", nb)
 
     def run_out(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -604,3 +604,10 @@ def test_the_arguments_follow_the_plan(prepare, checkpointing):
     found = nb["training_args"]
     assert found.gradient_checkpointing == checkpointing and found.gradient_accumulation_steps == 4
     assert found.per_device_train_batch_size == found.per_device_eval_batch_size == 2
+
+
+def test_the_arithmetic_knows_a_width_without_a_name():
+    bloom = BloomConfig(hidden_size=64, n_layer=2, n_head=4)
+    alike = MistralConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
+    step_memory = functions()["step_memory"]
+    assert step_memory(bloom, True, 100, 120, False) == step_memory(alike, True, 100, 120, False)

@@ -186,7 +186,7 @@ def test_the_merge_gets_the_memory_of_the_trained_model(prepare):
     layers = [module for module in nb["trainer"].model.modules() if isinstance(module, nb["Linear4bit"])]
     weights = [weakref.ref(layer.weight) for layer in layers]
     del layers
-    run_cells("share-prompt", "free", nb)
+    run_cells("run-prompts-once", "free", nb)
     assert model() is None and trainer() is None
     assert weights and all(weight() is None for weight in weights)
 
