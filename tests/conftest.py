@@ -20,6 +20,11 @@ import standins  # noqa: E402
 from notebook import run_cells  # noqa: E402
 from trainers import SMALL  # noqa: E402
 
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=4, help="how many kill points tests/test_survival.py tries")
+
+
 FAMILIES = ("chatml", "llama3", "qwen", "mistral-instruct")
 
 

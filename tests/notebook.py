@@ -30,8 +30,13 @@ def run_cells(first, last, namespace=None, **parameters):
 
 
 def functions(**parameters):
-    """A namespace with the notebook's parameters, imports, functions and capitalised constants, and nothing run."""
-    namespace = run_cells("parameters", "imports", {"sys": sys}, **parameters)
+    """A namespace with the notebook's parameters, imports, functions and capitalised constants, and nothing run.
+
+    What the cells on the run folder and the sources find is as for a new run with local sources.
+    """
+    found = dict(sys=sys, run={}, trained=False, merged=False, checkpoint=None, base_files={})
+    found |= dict(base_commit=None, dataset_commit=None, use_safetensors=True)
+    namespace = run_cells("parameters", "imports", found, **parameters)
     for name, source in CELLS.items():
         tree = ast.parse(TransformerManager().transform_cell(source))
         tree.body = [

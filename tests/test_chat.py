@@ -164,8 +164,8 @@ def test_end_of_turn_other_than_eos(models):
     namespace = functions(base_model=models["qwen"])
     namespace["load_tokenizer"] = load = namespace["load_tokenizer"]
 
-    def with_other_eos(base_model):
-        tokenizer = load(base_model)
+    def with_other_eos(base_model, revision):
+        tokenizer = load(base_model, revision)
         tokenizer.eos_token = "<|endoftext|>"
         return tokenizer
 
@@ -179,8 +179,8 @@ def test_no_chat_template_is_one_sentence(models, tmp_path):
     namespace = functions(base_model=models["qwen"])
     load = namespace["load_tokenizer"]
 
-    def without_template(base_model):
-        tokenizer = load(base_model)
+    def without_template(base_model, revision):
+        tokenizer = load(base_model, revision)
         tokenizer.chat_template = None
         return tokenizer
 

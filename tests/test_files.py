@@ -46,9 +46,15 @@ def test_parameters_cell():
 
 def test_no_remote_code_and_no_pickles():
     source = "\n".join(CELLS.values())
-    assert "trust_remote_code" not in source and "torch.load" not in source and "pickle" not in source
-    assert source.count("from_pretrained(base_model, dtype") + source.count("\n    base_model, dtype") == 2
-    assert source.count("use_safetensors=True") == 2
+    assert "trust_remote_code=True" not in source and "weights_only=False" not in source
+    assert not re.search(
+        r"torch\.load\(|pickle\.loads?\(|joblib|exec\(|eval\(\"", source.replace("torch.load(weights_only=True)", "")
+    )
+    calls = re.findall(r"\bAuto\w+\.from_\w+\((.*?)\n", source)
+    assert len(calls) == 5 and [call for call in calls if "merged_dir" not in call and call]
+    for call in re.findall(r"\bAuto\w+\.from_\w+\([^)]*\)", source):
+        assert "trust_remote_code=False" in call or "merged_dir" in call, call
+    assert source.count("use_safetensors=use_safetensors") == 1
 
 
 @pytest.mark.parametrize(
@@ -68,7 +74,7 @@ def test_sections_in_reading_order():
     assert headings[1:] == [
         f"## {name}"
         for name in (
-            "Install,Parameters,Machine,Accounts,Preference data,ChatML,Model,Training,Curves,Merge,Hub,Generation"
+            "Install,Parameters,Machine,Accounts,Sources,Preference data,ChatML,Model,Training,Curves,Merge,Hub,Generation"
         ).split(",")
     ]
     assert NOTEBOOK.cells[-1].cell_type == "code"

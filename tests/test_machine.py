@@ -1,5 +1,6 @@
 """What the notebook makes of the machine and the accounts it finds."""
 
+import json
 import sys
 import types
 
@@ -64,22 +65,79 @@ def test_a_large_model_stops_on_a_cpu(tmp_path):
     MistralConfig(vocab_size=32002).save_pretrained(tmp_path)  # the 7B shape; there is nothing else in the folder
     namespace = functions(base_model=str(tmp_path))
     run_cell("machine", namespace)
-    with pytest.raises(AssertionError, match="too large for a CPU: on Colab choose .* or try .*python -m rehearsal"):
+    with pytest.raises(
+        AssertionError, match="too large to train on a CPU: on Colab choose .* or try .*python -m rehearsal"
+    ):
         run_cell("size", namespace)
 
 
+def make_checkpoint(folder, step):
+    """A checkpoint with all the files that are looked at, as the trainer writes them."""
+    import torch
+    from safetensors.torch import save_file
+
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    save_file({"lora": torch.zeros(100)}, path / "adapter_model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"state": torch.zeros(100)}, path / name)
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    return path
+
+
+FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+@pytest.mark.parametrize(
+    "name, damage",
+    [(name, damage) for name in FILES for damage in ("cut", "emptied", "missing", "garbled")]
+    # Files that a checkpoint need not have, and a garbled tensor, which safetensors cannot tell from any other.
+    + [("trainer_state.json", "not a state")],
+)
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, name, damage):
+    if (name, damage) in {("rng_state.pth", "missing"), ("adapter_model.safetensors", "garbled")}:
+        pytest.skip("not to be told from a whole one")
+    older, newer = make_checkpoint(tmp_path, 5), make_checkpoint(tmp_path, 10)
+    last = functions()["last_whole_checkpoint"]
+    assert last(tmp_path) == newer
+    path = newer / name
+    data = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        middle = data[: len(data) // 2] + b"\0\1\2" + data[len(data) // 2 + 3 :]
+        path.write_bytes({"cut": data[:-9], "emptied": b"", "garbled": middle, "not a state": b"[1]"}[damage])
+    assert last(tmp_path) == older
+    assert "checkpoint-10 is passed over: it was not written to its end" in capsys.readouterr().out
+
+
 def test_a_folder_holds_one_run(tmp_path):
-    parameters = dict(output_dir=str(tmp_path), base_model="some/model")
-    run_cell("record", functions(**parameters))
-    run_cell("record", functions(**parameters, beta=0.7))  # nothing was trained yet
-    for step, state in ((5, '{"global_step": 5}'), (10, '{"global_st'), (15, None)):  # one whole, one cut, one empty
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if state:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert functions()["last_whole_checkpoint"](tmp_path) == tmp_path / "checkpoint-5"
-    assert run_cells("record", "record", functions(**parameters, beta=0.7, max_steps=500))["checkpoint"]
+    (tmp_path / "source").mkdir()
+    source = str(tmp_path / "source")
+    parameters = dict(output_dir=str(tmp_path / "run"), base_model=source, dataset_id=source)
+
+    def cells(**changes):
+        namespace = functions(**parameters, **changes)
+        run_cells("record", "record", namespace)
+        return run_cells("sources", "same-run", namespace | dict(api=None))
+
+    cells()
+    cells(beta=0.7)  # nothing was trained yet
+    make_checkpoint(tmp_path / "run", 500)
+    assert cells(beta=0.7, max_steps=600)["steps_done"] == 500
     with pytest.raises(AssertionError, match="holds a run with beta = 0.7, not 0.1: set it back or choose another"):
-        run_cell("record", functions(**parameters))
+        cells()
+    with pytest.raises(AssertionError, match="holds a run with max_steps = 500, not 400: set it back or choose another"):
+        cells(beta=0.7, max_steps=400)
+    (tmp_path / "run" / "run.json").unlink()  # whatever made that checkpoint, nobody knows
+    with pytest.raises(AssertionError, match="holds a run with base_model = 'unknown'"):
+        cells()
+
+
+@pytest.fixture(autouse=True)
+def token_is_used(monkeypatch):
+    """A refused token is switched off for the rest of the process, which is here the next test's too."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
 
 
 @pytest.fixture
@@ -125,7 +183,7 @@ def test_colab_secrets_are_used_and_never_printed(colab, monkeypatch, capsys):
     colab.update(HF_TOKEN="hf_canary", WANDB_API_KEY="wandb-canary")
     namespace = functions()
     seen = []
-    namespace["whoami"] = lambda token: seen.append(token) or {"name": "ada"}
+    monkeypatch.setattr(namespace["HfApi"], "whoami", lambda self, token: seen.append(token) or {"name": "ada"})
     run_cell("accounts", namespace)
     assert seen == ["hf_canary"] and namespace["hub_user"] == "ada" and namespace["report_to"] == "wandb"
     printed = "".join(capsys.readouterr())
@@ -135,7 +193,8 @@ def test_colab_secrets_are_used_and_never_printed(colab, monkeypatch, capsys):
 def test_a_token_that_can_only_read(monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_read")
     namespace = functions()
-    namespace["whoami"] = lambda token: {"name": "ada", "auth": {"accessToken": {"role": "read"}}}
+    account = {"name": "ada", "auth": {"accessToken": {"role": "read"}}}
+    monkeypatch.setattr(namespace["HfApi"], "whoami", lambda self, token: account)
     run_cell("accounts", namespace)
     assert namespace["hub_user"] is None and "can only read" in capsys.readouterr().out
 
@@ -143,14 +202,14 @@ def test_a_token_that_can_only_read(monkeypatch, capsys):
 def test_a_token_offline_does_not_stop(monkeypatch, capsys):
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    def whoami(token):
+    def whoami(self, token):
         raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
 
     monkeypatch.setenv("HF_TOKEN", "hf_any")
     namespace = functions()
-    namespace["whoami"] = whoami
+    monkeypatch.setattr(namespace["HfApi"], "whoami", whoami)
     run_cell("accounts", namespace)
-    assert namespace["hub_user"] is None and "was not accepted (OfflineModeIsEnabled)" in capsys.readouterr().out
+    assert namespace["hub_user"] is None and "did not answer (OfflineModeIsEnabled)" in capsys.readouterr().out
 
 
 def test_a_refused_token_does_not_stop(monkeypatch, tmp_path, capsys):
@@ -164,5 +223,6 @@ def test_a_refused_token_does_not_stop(monkeypatch, tmp_path, capsys):
         run_cell("accounts", namespace)
     printed = "".join(capsys.readouterr())
     assert namespace["hub_user"] is None
-    assert "was not accepted" in printed and "hf_wrong" not in printed
+    assert "token is not used, the Hub refused" in printed and "hf_wrong" not in printed
+    assert namespace["huggingface_hub"].constants.HF_HUB_DISABLE_IMPLICIT_TOKEN
     assert ("GET", "/api/whoami-v2") in hub.requests

@@ -237,13 +237,12 @@ except RepositoryNotFoundError:
 def push(run, hub_id):
     return f"""
 from pathlib import Path
-from notebook import run_cell
-from huggingface_hub import HfApi
+from notebook import functions, run_cell
+namespace = functions(push_to_hub=True, private=True)
 run = Path({str(run)!r})
-run_cell("push", dict(
-    push_to_hub=True, private=True, hub_user="rehearsal", hub_id="{hub_id}", HfApi=HfApi,
-    adapter_dir=run / "adapter", curves_dir=run / "curves", merged_dir=run / "merged",
-))
+namespace.update(hub_id="{hub_id}", hub_user="rehearsal", api=namespace["HfApi"]())
+namespace.update(adapter_dir=run / "adapter", curves_dir=run / "curves", merged_dir=run / "merged")
+run_cell("push", namespace)
 """
 
 

@@ -92,7 +92,7 @@ def folder(request, tmp_path):
 
 
 def test_true_ids(nb, folder, tmp_path):
-    tokenizer = nb["load_tokenizer"](str(folder))
+    tokenizer = nb["load_tokenizer"](str(folder), None)
     saved = tmp_path / "merged"
     tokenizer.save_pretrained(saved)
     MistralConfig(vocab_size=32002, **standins.SIZE).save_pretrained(saved)
@@ -114,11 +114,11 @@ def test_transformers_alone_is_not_faithful(tmp_path):
 def test_disagreement_stops(nb, tmp_path, monkeypatch):
     monkeypatch.setitem(nb, "from_sentencepiece", lambda tokenizer, model_file: tokenizer)
     with pytest.raises(AssertionError, match="disagree on"):
-        nb["load_tokenizer"](str(repository(tmp_path)))
+        nb["load_tokenizer"](str(repository(tmp_path)), None)
 
 
 def test_true_ids_in_training(nb, folder):
-    tokenizer = nb["load_tokenizer"](str(folder))
+    tokenizer = nb["load_tokenizer"](str(folder), None)
     nb["base_model"] = str(folder)
     pair = nb["format_pair"](tokenizer, {"turns": TURNS, "chosen": "Yes.", "rejected": "No."})
     prompt, chosen, rejected = nb["tokenize_pair"](tokenizer, pair)
@@ -132,5 +132,5 @@ def test_not_legacy(nb, tmp_path):
     folder = repository(tmp_path)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"legacy": False}))
-    ids = nb["load_tokenizer"](str(folder))("<|im_start|>user\nHi<|im_end|>\n").input_ids
+    ids = nb["load_tokenizer"](str(folder), None)("<|im_start|>user\nHi<|im_end|>\n").input_ids
     assert ids == [1, 32001, 1838, 13, 23809, 32000, 13]

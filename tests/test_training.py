@@ -2,13 +2,9 @@
 
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
-import time
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -194,14 +190,6 @@ def test_the_merge_gets_the_memory_of_the_trained_model(prepare):
 # Whole runs. Each family goes through the notebook by `base_model` alone; each run has a second thing to show.
 
 
-@pytest.fixture(scope="session")
-def script(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("script")
-    command = [sys.executable, "-m", "nbconvert", "--to", "script", str(PATH), "--output-dir", str(folder)]
-    subprocess.run(command, check=True, capture_output=True)
-    return folder / "dpo_finetune.py"
-
-
 def papermill(folder, **parameters):
     options = [word for name, value in {**SMALL, **parameters}.items() for word in ("-p", name, str(value))]
     command = [sys.executable, "-m", "papermill", str(PATH), "out.ipynb", *options, "--no-progress-bar"]
@@ -265,55 +253,3 @@ def test_mistral_instruct(models, pairs_file, tmp_path):
     check_run(tmp_path / "dpo_run")
     text = json.dumps(executed)
     assert "folded into the first user turn" in text and "no token to push with" in text
-
-
-def test_script_killed_and_run_again(models, pairs_file, tmp_path, script):
-    """The converted notebook under plain Python: cut by SIGKILL and run again it ends as the uncut run, bit for bit."""
-    changes = {**SMALL, "max_steps": 16, "base_model": models["qwen"], "dataset_id": pairs_file}
-    source = script.read_text()
-    marker = "# ## Machine"
-    assert marker in source
-    override = "\n".join(f"{name} = {value!r}" for name, value in changes.items())
-    (tmp_path / "run.py").write_text(source.replace(marker, f"{override}\n{marker}", 1))
-
-    def start(folder):
-        folder.mkdir(exist_ok=True)
-        log = open(folder / "log.txt", "a")
-        return subprocess.Popen([sys.executable, tmp_path / "run.py"], cwd=folder, stdout=log, stderr=log)
-
-    assert start(tmp_path / "uncut").wait() == 0, (tmp_path / "uncut" / "log.txt").read_text()[-3000:]
-    cut = start(tmp_path / "cut")
-    # Cut while a checkpoint is being written, most likely: the one before it is whole.
-    while not (tmp_path / "cut" / "dpo_run" / "checkpoint-6").exists():
-        assert cut.poll() is None, (tmp_path / "cut" / "log.txt").read_text()[-3000:]
-        time.sleep(0.01)
-    os.kill(cut.pid, signal.SIGKILL)
-    cut.wait()
-    assert not (tmp_path / "cut" / "dpo_run" / "adapter").exists()
-    assert start(tmp_path / "cut").wait() == 0, (tmp_path / "cut" / "log.txt").read_text()[-3000:]
-    assert "Going on from dpo_run/checkpoint-" in (tmp_path / "cut" / "log.txt").read_text()
-
-    runs = [tmp_path / name / "dpo_run" for name in ("uncut", "cut")]
-    for run in runs:
-        check_run(run)
-    losses = [losses_of(run) for run in runs]
-    assert len(losses[0]) == 16 and losses[0] == losses[1]
-    weights = [load_file(run / "merged" / "model.safetensors") for run in runs]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-    # Two more runs find training complete and change nothing.
-    adapter = (runs[1] / "adapter" / "adapter_model.safetensors").read_bytes()
-    for _ in range(2):
-        assert start(tmp_path / "cut").wait() == 0, (tmp_path / "cut" / "log.txt").read_text()[-3000:]
-        assert {path.name for path in runs[1].glob("checkpoint-*")} == {"checkpoint-14", "checkpoint-16"}
-        assert (runs[1] / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
-        assert torch.equal(
-            load_file(runs[1] / "merged" / "model.safetensors")["lm_head.weight"], weights[0]["lm_head.weight"]
-        )
-    assert losses_of(runs[1]) == losses[0]
-    assert "Training was complete" in (tmp_path / "cut" / "log.txt").read_text()
-
-
-def losses_of(run):
-    state = json.loads(Path(run, "checkpoint-16", "trainer_state.json").read_text())
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
