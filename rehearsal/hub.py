@@ -33,6 +33,7 @@ class Hub:
         # (repo_type, id) -> {"private": bool, "commits": [(oid, title), ...], "trees": {oid: {path: file}}}
         self.repos = {}
         self.uploads = set()  # (repository, sha256) that a client was told to upload
+        self.gated = set()  # (repo_type, id) that this user has not been let into
         self.lock = threading.RLock()
         self.root.mkdir(parents=True, exist_ok=True)
         if (self.root / "hub.json").exists():
@@ -76,7 +77,10 @@ class Hub:
         }
 
     def add(self, repo_id, folder, repo_type="model", oid=None):
-        """Serve the files of a folder as a public repository; `oid` is for a notebook that pins a commit."""
+        """Serve the files of a folder as a public repository. Returns its key.
+
+        `oid` is for a notebook that pins a commit.
+        """
         key, files = (repo_type, repo_id), {}
         for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
             file = describe(path)
@@ -86,6 +90,7 @@ class Hub:
         with self.lock:
             self.repos.setdefault(key, {"private": False, "commits": [], "trees": {}})
             self.publish(key, files, "add", oid)
+        return key
 
     def folder(self, repo_id, repo_type="model"):
         """The current files of a repository, as pushed."""
@@ -297,6 +302,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def resolve(self, key, revision, path):
         oid, files = self.files(key, revision)
+        if key in self.hub.gated:
+            raise Failure(403, f"Access to {key[0]} {key[1]} is restricted", "GatedRepo", **{"X-Repo-Commit": oid})
         if path not in files:
             raise Failure(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": oid})
         size = files[path]["size"]
@@ -326,7 +333,8 @@ class Handler(BaseHTTPRequestHandler):
                 if "lfs" in file:
                     sibling["lfs"] = {**file["lfs"], "sha256": file["lfs"]["oid"]}
         answer = {"id": key[1], "author": key[1].split("/")[0], "sha": oid, "private": self.hub.repos[key]["private"]}
-        self.reply({**answer, "gated": False, "disabled": False, "tags": [], "siblings": siblings})
+        gated = "manual" if key in self.hub.gated else False
+        self.reply({**answer, "gated": gated, "disabled": False, "tags": [], "siblings": siblings})
 
     def tree(self, key, revision, path=""):
         _, files = self.files(key, revision)

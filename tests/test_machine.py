@@ -127,7 +127,9 @@ def test_a_folder_holds_one_run(tmp_path):
     assert cells(beta=0.7, max_steps=600)["steps_done"] == 500
     with pytest.raises(AssertionError, match="holds a run with beta = 0.7, not 0.1: set it back or choose another"):
         cells()
-    with pytest.raises(AssertionError, match="holds a run with max_steps = 500, not 400: set it back or choose another"):
+    with pytest.raises(
+        AssertionError, match="holds a run with max_steps = 500, not 400: set it back or choose another"
+    ):
         cells(beta=0.7, max_steps=400)
     (tmp_path / "run" / "run.json").unlink()  # whatever made that checkpoint, nobody knows
     with pytest.raises(AssertionError, match="holds a run with base_model = 'unknown'"):
