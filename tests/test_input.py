@@ -159,9 +159,9 @@ CASES = [
     Case("quantised already", "size", "is quantised already.*choose the model that it was made from", model(edit("config.json", quantization_config={"quant_method": "gptq", "bits": 4}))),
     Case("no chat template", "tokenizer", "has no chat template: choose a chat or instruct model", model(no_template)),
     Case("no end of sequence", "tokenizer", "has no end-of-sequence token: choose", model(edit("tokenizer_config.json", eos_token=None), "llama3")),
-    Case("pickle with a program", "load-model", "weights of .* cannot be read: choose another base_model", model(pickled(attack=True))),
-    Case("no weights", "load-model", "weights of .* cannot be read: choose another", model(remove("model.safetensors"))),
-    Case("weights cut short", "load-model", "weights of .* cannot be read: choose another", model(cut("model.safetensors", 5000))),
+    Case("pickle with a program", "load-model", "weights of .* cannot be loaded: try again, or choose", model(pickled(attack=True))),
+    Case("no weights", "load-model", "weights of .* cannot be loaded: try again, or choose", model(remove("model.safetensors"))),
+    Case("weights cut short", "load-model", "weights of .* cannot be loaded: try again, or choose", model(cut("model.safetensors", 5000))),
     # Parameters.
     Case("a number for a text", "check-parameters", "base_model = 7, but it must be a text that is not empty", parameters(base_model=7)),
     Case("an empty text", "check-parameters", "dataset_id = ' ', but it must be a text that", parameters(dataset_id=" ")),
@@ -396,3 +396,60 @@ def test_any_text(prepared, family, layout, capsys):
                 assert len(answer) <= 64
 
     check()
+
+
+# What is read exactly, and how.
+
+
+def test_pickled_weights_are_read_under_restrictions_and_said_so(models, tmp_path, capsys):
+    changes = model(pickled(attack=False))(tmp_path, models) | data(lines(*PAIRS))(tmp_path, models)
+    nb = run_cells("parameters", "load-model", {"sys": sys}, **SMALL, **changes, output_dir=str(tmp_path / "run"))
+    assert "Weights: pickled, read through torch.load(weights_only=True)" in capsys.readouterr().out
+    assert nb["model"].num_parameters() == nb["parameter_count"]
+
+
+def test_the_commit_is_pinned_held_and_recorded(models, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = "a" * 40, "b" * 40
+    data(lines(*PAIRS), "train.jsonl")(tmp_path, models)
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    shutil.move("train.jsonl", pairs)
+
+    def publish(commit, family):
+        hub.add("some/moving", models[family], oid=commit)
+        hub.add("some/pairs", pairs, repo_type="dataset", oid=commit)
+
+    def cells(folder, until="same-run", **changes):
+        changes = {**SMALL, "base_model": "some/moving", "dataset_id": "some/pairs", "output_dir": folder, **changes}
+        return run_cells("parameters", until, {"sys": sys}, **changes)
+
+    publish(first, "qwen")
+    cells("run")
+    make_checkpoint(tmp_path / "run", 2)
+    with open(pairs / "train.jsonl", "a") as file:
+        file.write(json.dumps(GOOD | {"question": "new"}) + "\n")
+    publish(second, "llama3")
+
+    held = cells("run", "format-rows")  # gone on with: what it began with, whatever has come since
+    assert held["parameters"]["base_revision"] == held["parameters"]["dataset_revision"] == first
+    assert len(held["raw"]) == 40 and "<|im_start|>" in held["rows"][0]["prompt"]
+    with pytest.raises(AssertionError, match=f"holds a run with base_revision = '{first}', not '{second}': set it"):
+        cells("run", base_revision="main")
+    new = cells("new", "format-rows")
+    assert new["parameters"]["base_revision"] == new["parameters"]["dataset_revision"] == second
+    assert len(new["raw"]) == 41 and "<|start_header_id|>" in new["rows"][0]["prompt"]
+    pinned = cells("pinned", "format-rows", base_revision=first)
+    assert pinned["parameters"]["base_revision"] == first and "<|im_start|>" in pinned["rows"][0]["prompt"]
+    assert json.loads(Path("pinned/run.json").read_text())["parameters"]["dataset_revision"] == second
+
+
+def test_local_data_that_has_changed_is_refused(models, tmp_path):
+    path = Path(data(lines(*PAIRS))(tmp_path, models)["dataset_id"])
+    changes = {**SMALL, "base_model": models["qwen"], "dataset_id": str(path), "output_dir": str(tmp_path / "run")}
+    run_cells("parameters", "same-run", {"sys": sys}, **changes)
+    make_checkpoint(tmp_path / "run", 2)
+    run_cells("parameters", "same-run", {"sys": sys}, **changes)
+    path.write_text(path.read_text().replace("Licensor", "Licenser", 1))
+    error, frames = run_until_it_fails("same-run", **changes)
+    assert_one_sentence(error, frames, "same-run", "holds a run with dataset_revision = '.*', not '.*': set it back or")

@@ -214,6 +214,15 @@ def test_a_token_offline_does_not_stop(monkeypatch, capsys):
     assert namespace["hub_user"] is None and "did not answer (OfflineModeIsEnabled)" in capsys.readouterr().out
 
 
+def test_an_unreachable_hub_does_not_stop(monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_any")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    namespace = functions()
+    run_cell("accounts", namespace)
+    assert "is not used, the Hub did not answer (ConnectError)" in capsys.readouterr().out
+    assert namespace["hub_user"] is None
+
+
 def test_a_refused_token_does_not_stop(monkeypatch, tmp_path, capsys):
     from rehearsal.hub import Hub
 
