@@ -21,7 +21,7 @@ from conftest import some_pairs
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from notebook import CELLS, functions, run_cells
+from notebook import CELLS, functions, run_cell, run_cells
 from safetensors.torch import load_file
 from test_machine import fake_cuda, make_checkpoint
 from trainers import SMALL
@@ -152,10 +152,10 @@ CASES = [
     Case("one question in all rows", "split", "40 usable pairs are too few", data(lines(*(row | {"question": "q", "system": "", "chosen": f"a {i}"} for i, row in enumerate(PAIRS))))),
     # The model.
     Case("model not on the Hub", "sources", "some/muddle is no local path and no model on the Hub", parameters(base_model="some/muddle")),
-    Case("model gated", "size", "some/gated cannot be trained.*gated", parameters(base_model="some/gated")),
-    Case("folder without a config", "size", "cannot be trained.*config.json", model(remove("config.json"))),
+    Case("model gated", "size", "some/gated cannot be loaded.*gated", parameters(base_model="some/gated")),
+    Case("folder without a config", "size", "cannot be loaded.*config.json", model(remove("config.json"))),
     Case("needs code of its own", "size", "of the type 'hairy'.*no code from there is run", model(edit("config.json", model_type="hairy", auto_map={"AutoConfig": "hairy.Config"}))),
-    Case("no language model", "size", "cannot be trained: choose a chat model.*T5Config", model(edit("config.json", model_type="t5"))),
+    Case("no language model", "size", "cannot be loaded: .*choose another chat model.*T5Config", model(edit("config.json", model_type="t5"))),
     Case("quantised already", "size", "is quantised already.*choose the model that it was made from", model(edit("config.json", quantization_config={"quant_method": "gptq", "bits": 4}))),
     Case("no chat template", "tokenizer", "has no chat template: choose a chat or instruct model", model(no_template)),
     Case("no end of sequence", "tokenizer", "has no end-of-sequence token: choose", model(edit("tokenizer_config.json", eos_token=None), "llama3")),
@@ -453,3 +453,9 @@ def test_local_data_that_has_changed_is_refused(models, tmp_path):
     path.write_text(path.read_text().replace("Licensor", "Licenser", 1))
     error, frames = run_until_it_fails("same-run", **changes)
     assert_one_sentence(error, frames, "same-run", "holds a run with dataset_revision = '.*', not '.*': set it back or")
+
+
+def test_pairs_that_the_processes_cannot_share(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(AssertionError, match="pairs_per_step = 16 must be divisible by 3 processes"):
+        run_cell("plan", functions())

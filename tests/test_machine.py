@@ -136,6 +136,61 @@ def test_a_folder_holds_one_run(tmp_path):
         cells()
 
 
+def test_a_record_that_cannot_be_read_and_folders_that_are_no_checkpoints(tmp_path):
+    namespace = functions(output_dir=str(tmp_path))
+    (tmp_path / "checkpoint-old").mkdir()
+    run_cell("record", namespace)
+    assert namespace["checkpoint"] is None
+    (tmp_path / "run.json").write_text('{"trained": 2')
+    with pytest.raises(ValueError, match="run.json cannot be read: bring it back, or choose another output_dir."):
+        run_cell("record", namespace)
+    assert (tmp_path / "run.json").read_text() == '{"trained": 2'
+
+
+def test_one_process_keeps_the_record(tmp_path, monkeypatch):
+    namespace = functions(output_dir=str(tmp_path))
+    run_cell("record", namespace)
+    monkeypatch.setenv("RANK", "1")
+    namespace["write_record"](trained=1)
+    assert namespace["run"] == {"trained": 1} and not namespace["record"].exists()
+    monkeypatch.setenv("RANK", "0")
+    namespace["write_record"](trained=1)
+    assert json.loads(namespace["record"].read_text()) == {"trained": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_revision_that_the_hub_did_not_tell_is_not_compared(tmp_path, capsys):
+    """A run that began while the Hub was down is gone on with when it is back, and the other way round."""
+    known, parameters = "a" * 40, dict(output_dir=str(tmp_path), base_model="some/base", dataset_id="some/pairs")
+
+    def cells(base_commit, dataset_commit):
+        namespace = functions(**parameters, beta=0.5)
+        run_cells("record", "record", namespace)
+        namespace.update(base_commit=base_commit, dataset_commit=dataset_commit)
+        return run_cell("same-run", namespace)
+
+    cells(None, known)
+    make_checkpoint(tmp_path, 2)
+    cells(known, known)
+    assert f"base_revision: None then, {known} now; not compared" in capsys.readouterr().out
+    with pytest.raises(AssertionError, match="holds a run with base_revision = 'aaa"):
+        cells("b" * 40, known)
+
+
+@pytest.mark.parametrize(
+    "files, safetensors, weights",
+    [
+        (["model.safetensors", "consolidated.safetensors", "pytorch_model.bin"], True, 2),
+        (["pytorch_model-00001-of-00002.bin", "training_args.bin", "consolidated.safetensors"], False, 1),
+        ([], True, 0),
+    ],
+)
+def test_which_files_are_the_weights(files, safetensors, weights):
+    namespace = functions()
+    namespace["base_files"] = dict.fromkeys(files, 1)
+    run_cell("weights", namespace)
+    assert namespace["use_safetensors"] == safetensors and len(namespace["weight_files"]) == weights
+
+
 @pytest.fixture(autouse=True)
 def token_is_used(monkeypatch):
     """A refused token is switched off for the rest of the process, which is here the next test's too."""

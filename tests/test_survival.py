@@ -312,8 +312,8 @@ def test_a_fault_of_the_hub(pushed, hub, monkeypatch, capsys, request_name, faul
     else:
         with pytest.raises(ConnectionError) as error:
             run_cell("push", pushed)
-        told = {401: "the Hub refused the token (401)", 403: "the Hub refused the token (403)"}
-        said = told.get(fault) or (f"the Hub answered {fault}" if isinstance(fault, int) else "the Hub did not answer")
+        said = f"the Hub answered {fault} (so it goes)" if isinstance(fault, int) else "the Hub did not answer"
+        said = "the Hub refused the token (401)" if fault == 401 else said
         assert (
             said in str(error.value)
             and "The model is safe in" in str(error.value)
@@ -331,6 +331,32 @@ def test_a_fault_of_the_hub(pushed, hub, monkeypatch, capsys, request_name, faul
     assert arrived.read_bytes() == (pushed["merged_dir"] / "model.safetensors").read_bytes()
 
 
+def test_the_adapter_is_pushed_before_the_merge(pushed, hub, capsys):
+    run_cell("push-adapter", pushed)
+    arrived = hub.folder(pushed["hub_id"])
+    assert hub.repos["model", pushed["hub_id"]]["private"] and f"in {pushed['hub_id']}" in capsys.readouterr().out
+    assert {path.name for path in arrived.rglob("*.safetensors")} == {"adapter_model.safetensors"}
+    weights = "adapter_model.safetensors"
+    assert (arrived / "adapter" / weights).read_bytes() == (pushed["adapter_dir"] / weights).read_bytes()
+
+
+@pytest.mark.parametrize("request_name", ["create", "lfs_upload", "commit"])
+def test_an_adapter_that_cannot_be_pushed_yet_stops_nothing(pushed, hub, monkeypatch, capsys, request_name):
+    monkeypatch.setattr(Handler, request_name, lambda self, **arguments: answers(503)(self))
+    run_cell("push-adapter", pushed)
+    assert "is not on the Hub yet, the Hub answered 503 (so it goes): try again" in capsys.readouterr().out
+
+
+def test_a_hub_that_did_not_answer_at_first_is_asked_again(pushed, hub, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(Handler, "whoami", lambda self: answers(503)(self))
+        run_cell("accounts", pushed)
+    assert pushed["hub_user"] is None
+    assert "is not used, the Hub answered 503 (so it goes): try again later." in capsys.readouterr().out
+    run_cell("push", pushed)
+    assert f"{pushed['new_model']} (private)" in capsys.readouterr().out
+
+
 def test_a_public_repository_is_not_pushed_to_unasked(pushed, hub):
     pushed["api"].create_repo(pushed["hub_id"], private=False)
     with pytest.raises(AssertionError, match="is there already and public: set private to False or choose another"):
@@ -344,7 +370,10 @@ def test_a_public_repository_is_not_pushed_to_unasked(pushed, hub):
 @pytest.mark.parametrize(
     "name, says",
     [
-        ("someone-else/model", r"cannot be made, the Hub refused the token \(403\).* Or set push_to_hub to False"),
+        (
+            "someone-else/model",
+            r"cannot be made, the Hub answered 403 \(.*namespace\): change what it names. Or set push_to_hub to False",
+        ),
         ("a name with spaces", "is no name for a repository: use letters, digits and -._ in new_model"),
     ],
 )
@@ -425,6 +454,39 @@ def test_a_checkpoint_after_one_that_failed(prepare, tmp_path):
     run_cell("train", nb)
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-4"}
     assert len(losses(nb)) == 4 and nb["last_whole_checkpoint"](tmp_path / "run").name == "checkpoint-4"
+
+
+def test_a_training_cell_that_was_stopped_says_what_to_do(prepare):
+    """By the square in Colab, before the first checkpoint: the trainer has moved on, and its start is gone."""
+    nb = prepare(load_in_4bit=False)
+    run_cells("run-prompts-once", "longest", nb)
+    nb["trainer"].state.global_step = 1
+    with pytest.raises(AssertionError, match="interrupted before its first checkpoint: restart the runtime and run"):
+        run_cell("train", nb)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(prepare, tmp_path):
+    """One that a GPU made has states of another form than one of a CPU."""
+    nb = prepare(load_in_4bit=False)
+    run_cells("run-prompts-once", "train", nb)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    record = tmp_path / "run" / "run.json"
+    record.write_text(record.read_text().replace("adamw_torch", "paged_adamw_32bit"))
+    with pytest.raises(
+        AssertionError, match="made with paged_adamw_32bit and this machine has adamw_torch: go on with"
+    ):
+        prepare(load_in_4bit=False)
+
+
+def test_a_loss_scale_is_read_where_there_is_one(prepare, tmp_path):
+    """A run of a T4 goes on with a GPU that needs none."""
+    nb = prepare(load_in_4bit=False)
+    trainer, state = nb["trainer"], torch.amp.GradScaler("cpu", init_scale=8.0).state_dict()
+    torch.save(state, tmp_path / "scaler.pt")
+    trainer._load_scaler(str(tmp_path))
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    trainer._load_scaler(str(tmp_path))
+    assert trainer.accelerator.scaler.get_scale() == 8.0
 
 
 # Weights & Biases.
