@@ -34,9 +34,9 @@ def functions(**parameters):
 
     What the cells on the run folder and the sources find is as for a new run with local sources.
     """
-    found = dict(sys=sys, run={}, trained=False, merged=False, checkpoint=None, base_files={})
+    found = dict(sys=sys, run={}, trained=False, merged=False, checkpoint=None, adapted=0, base_files={})
     found |= dict(base_commit=None, dataset_commit=None, use_safetensors=True)
-    namespace = run_cells("parameters", "imports", found, **parameters)
+    namespace = run_cells("parameters", "processes", found, **parameters)
     for name, source in CELLS.items():
         tree = ast.parse(TransformerManager().transform_cell(source))
         tree.body = [

@@ -141,19 +141,54 @@ def test_a_record_that_cannot_be_read_and_folders_that_are_no_checkpoints(tmp_pa
     (tmp_path / "checkpoint-old").mkdir()
     run_cell("record", namespace)
     assert namespace["checkpoint"] is None
-    (tmp_path / "run.json").write_text('{"trained": 2')
-    with pytest.raises(ValueError, match="run.json cannot be read: bring it back, or choose another output_dir."):
-        run_cell("record", namespace)
-    assert (tmp_path / "run.json").read_text() == '{"trained": 2'
+    for text in ('{"trained": 2', "null", "[1]"):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(ValueError, match="run.json cannot be read: bring it back, or choose another output_dir."):
+            run_cell("record", namespace)
+        assert (tmp_path / "run.json").read_text() == text
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "none"])
+def test_a_damaged_result_is_made_again(tmp_path, damage):
+    """A Drive may have kept the record of a stage and lost, or cut, the file that the stage wrote."""
+    import torch
+    from safetensors.torch import save_file
+
+    namespace = functions(output_dir=str(tmp_path), max_steps=4, warmup_steps=1)
+    (tmp_path / "run.json").write_text(json.dumps(dict(adapter=4, trained=4, merged=4)))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "merged").mkdir()
+    files = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    (tmp_path / "merged" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    for path in (
+        tmp_path / "adapter" / "adapter_model.safetensors",
+        *(tmp_path / "merged" / f for f in files.values()),
+    ):
+        save_file({"a": torch.zeros(9)}, path)
+    run_cell("record", namespace)
+    assert namespace["trained"] and namespace["merged"] and namespace["steps_done"] == 4
+
+    def hurt(path):
+        if damage == "cut":
+            path.write_bytes(path.read_bytes()[:-1])
+        elif damage == "missing":
+            path.unlink()
+
+    hurt(tmp_path / "merged" / "model-2.safetensors")
+    run_cell("record", namespace)
+    assert namespace["trained"] and namespace["merged"] == (damage == "none")
+    hurt(tmp_path / "adapter" / "adapter_model.safetensors")
+    run_cell("record", namespace)
+    assert namespace["trained"] == (damage == "none") and (damage == "none" or namespace["steps_done"] == 0)
 
 
 def test_one_process_keeps_the_record(tmp_path, monkeypatch):
     namespace = functions(output_dir=str(tmp_path))
     run_cell("record", namespace)
-    monkeypatch.setenv("RANK", "1")
-    namespace["write_record"](trained=1)
+    with monkeypatch.context() as patch:
+        patch.setitem(namespace, "processes", types.SimpleNamespace(is_main_process=False))
+        namespace["write_record"](trained=1)
     assert namespace["run"] == {"trained": 1} and not namespace["record"].exists()
-    monkeypatch.setenv("RANK", "0")
     namespace["write_record"](trained=1)
     assert json.loads(namespace["record"].read_text()) == {"trained": 1} and len(list(tmp_path.iterdir())) == 1
 
@@ -176,12 +211,26 @@ def test_a_revision_that_the_hub_did_not_tell_is_not_compared(tmp_path, capsys):
         cells("b" * 40, known)
 
 
+def test_what_a_local_folder_is_known_by(tmp_path):
+    """Its files: not what editors hide there, nor what the run itself makes in it."""
+    (tmp_path / "data.txt").write_text("1")
+    resolve = functions(output_dir=str(tmp_path / "run"))["resolve"]
+    before = resolve(str(tmp_path), None, "model")
+    for name in (".cache/x", "run/checkpoint-1/y"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("2")
+    assert resolve(str(tmp_path), None, "model") == before and list(before[1]) == ["data.txt"]
+    (tmp_path / "more.txt").write_text("3")
+    assert resolve(str(tmp_path), None, "model")[0] != before[0]
+    assert len(resolve(str(tmp_path / "data.txt"), None, "dataset")[0]) == 64
+
+
 @pytest.mark.parametrize(
     "files, safetensors, weights",
     [
         (["model.safetensors", "consolidated.safetensors", "pytorch_model.bin"], True, 2),
         (["pytorch_model-00001-of-00002.bin", "training_args.bin", "consolidated.safetensors"], False, 1),
-        ([], True, 0),
+        ([], None, 0),
     ],
 )
 def test_which_files_are_the_weights(files, safetensors, weights):
@@ -254,6 +303,17 @@ def test_a_token_that_can_only_read(monkeypatch, capsys):
     monkeypatch.setattr(namespace["HfApi"], "whoami", lambda self, token: account)
     run_cell("accounts", namespace)
     assert namespace["hub_user"] is None and "can only read" in capsys.readouterr().out
+
+
+def test_a_token_with_a_pasted_character_that_none_has(monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_pasted\u200b")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    namespace = functions()
+    run_cell("accounts", namespace)
+    printed = capsys.readouterr().out
+    assert "is not used, the token holds a character that no token has: copy it again." in printed
+    assert namespace["hub_user"] is None and "hf_pasted" not in printed
+    assert namespace["huggingface_hub"].constants.HF_HUB_DISABLE_IMPLICIT_TOKEN  # public sources can be had
 
 
 def test_a_token_offline_does_not_stop(monkeypatch, capsys):

@@ -4,7 +4,6 @@ import copy
 import functools
 import json
 import math
-import os
 import random
 import re
 import subprocess
@@ -320,56 +319,6 @@ def test_off_skips_the_cell(prepare, capsys):
     capsys.readouterr()
     run_cells("run-prompts-once", "share-prompt", nb)
     assert capsys.readouterr().out == "" and nb["trainer"].model.get_base_model().forward == forward
-
-
-TWO_PROCESSES = """
-import json, os, sys
-sys.path.insert(0, {tests!r})
-from notebook import run_cells
-nb = run_cells("parameters", "check-4bit", {{"sys": sys}}, **{parameters!r})
-nb["answers_before"] = []
-run_cells("lora", "longest", nb)
-assert nb["share_prompt"]
-nb["trainer"].train()
-if nb["trainer"].is_world_process_zero():
-    history = [entry for entry in nb["trainer"].state.log_history if "loss" in entry]
-    print("LOSSES", json.dumps([[entry["loss"], entry["rewards/margins"], entry["grad_norm"]] for entry in history]))
-    print("EVALS", json.dumps([e["eval_loss"] for e in nb["trainer"].state.log_history if "eval_loss" in e]))
-"""
-
-
-def test_two_processes(models, pairs_file, tmp_path):
-    """The same steps on two processes, prompts run once: the same losses, margins and gradients as on one."""
-    parameters = {
-        **SMALL,
-        "max_steps": 6,
-        "base_model": models["qwen"],
-        "dataset_id": pairs_file,
-        "load_in_4bit": False,
-    }
-    found = []
-    for processes in (1, 2):
-        place = tmp_path / str(processes)
-        place.mkdir()
-        run = TWO_PROCESSES.format(
-            tests=str(ROOT / "tests"), parameters={**parameters, "output_dir": str(place / "run")}
-        )
-        (place / "run.py").write_text(run)
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
-        done = subprocess.run(
-            [*command, "run.py"],
-            cwd=place,
-            capture_output=True,
-            text=True,
-            env=os.environ | {"ACCELERATE_USE_CPU": "true", "HF_TOKEN_PATH": os.devnull, "MPLBACKEND": "Agg"},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append([json.loads(re.search(f"{name} (.*)", done.stdout)[1]) for name in ("LOSSES", "EVALS")])
-    (one, evals), (two, evals_of_two) = found
-    assert len(one) == 6
-    for a, b in zip(one, two, strict=True):
-        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
-    assert evals == pytest.approx(evals_of_two, rel=1e-5)
 
 
 # The order of training.

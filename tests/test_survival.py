@@ -340,6 +340,12 @@ def test_the_adapter_is_pushed_before_the_merge(pushed, hub, capsys):
     assert (arrived / "adapter" / weights).read_bytes() == (pushed["adapter_dir"] / weights).read_bytes()
 
 
+def test_an_adapter_for_a_public_repository_stops_nothing(pushed, capsys):
+    pushed["api"].create_repo(pushed["hub_id"], private=False)
+    run_cell("push-adapter", pushed)
+    assert "is not on the Hub yet. http" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("request_name", ["create", "lfs_upload", "commit"])
 def test_an_adapter_that_cannot_be_pushed_yet_stops_nothing(pushed, hub, monkeypatch, capsys, request_name):
     monkeypatch.setattr(Handler, request_name, lambda self, **arguments: answers(503)(self))
@@ -347,14 +353,20 @@ def test_an_adapter_that_cannot_be_pushed_yet_stops_nothing(pushed, hub, monkeyp
     assert "is not on the Hub yet, the Hub answered 503 (so it goes): try again" in capsys.readouterr().out
 
 
-def test_a_hub_that_did_not_answer_at_first_is_asked_again(pushed, hub, monkeypatch, capsys):
+def test_a_hub_that_did_not_answer_at_first_is_asked_again(pushed, hub, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(Handler, "whoami", lambda self: answers(503)(self))
         run_cell("accounts", pushed)
     assert pushed["hub_user"] is None
     assert "is not used, the Hub answered 503 (so it goes): try again later." in capsys.readouterr().out
+    card, name = pushed["merged_dir"] / "README.md", pushed["new_model"]
+    written = card.read_text()
+    card.write_text(written.replace(f"{hub.user}/uncut", f"your-name/{tmp_path.name}"))
+    pushed.update(new_model=tmp_path.name, hub_id=f"your-name/{tmp_path.name}")
     run_cell("push", pushed)
-    assert f"{pushed['new_model']} (private)" in capsys.readouterr().out
+    assert f"{name} (private)" in capsys.readouterr().out
+    assert f'model="{name}"' in (hub.folder(name) / "README.md").read_text()
+    card.write_text(written)
 
 
 def test_a_public_repository_is_not_pushed_to_unasked(pushed, hub):
@@ -435,6 +447,33 @@ def test_a_full_disk_costs_no_trained_step(prepare, tmp_path, capsys):
     assert "merged" not in json.loads((tmp_path / "run" / "run.json").read_text())
     run_cell("save-merged", nb)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["merged"] == 4
+
+
+def test_an_adapter_is_enough_where_the_last_checkpoint_did_not_fit(prepare, tmp_path, monkeypatch):
+    """The run ends before its scores are recorded: what was trained is not trained again."""
+    nb = prepare(load_in_4bit=False)
+    run_cells("run-prompts-once", "train", nb)
+    history = nb["trainer"].state.log_history
+    for path in (tmp_path / "run").glob("checkpoint-*"):
+        shutil.rmtree(path)
+    again = prepare(load_in_4bit=False)
+    assert again["steps_done"] == 4
+    monkeypatch.setattr(again["LastingTrainer"], "train", None)
+    run_cells("run-prompts-once", "score", again)
+    one, other = (dict(nb["trainer"].model.named_parameters()) for nb in (nb, again))
+    assert all(torch.equal(one[name], other[name]) for name in one if "lora" in name)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["trained"] == 4
+    assert [entry for entry in again["history"] if "loss" in entry] == [entry for entry in history if "loss" in entry]
+
+
+def test_no_checkpoint_asks_the_hub_for_the_base(prepare, tmp_path, monkeypatch):
+    """PEFT would, without the revision, and store the embeddings where the newest has another vocabulary."""
+    nb = prepare(load_in_4bit=False)
+    asked = lambda *arguments, **options: pytest.fail("asked")  # noqa: E731
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", asked)
+    nb["trainer"].model.peft_config["default"].base_model_name_or_path = "some/base"
+    run_cells("run-prompts-once", "train", nb)
+    assert list((tmp_path / "run").glob("checkpoint-*")) and (tmp_path / "run" / "adapter").exists()
 
 
 def test_a_checkpoint_after_one_that_failed(prepare, tmp_path):
@@ -566,7 +605,8 @@ def test_token_and_key_show_nowhere(uncut, hub):
 def test_a_resumed_run_unpickles_under_restrictions(prepare, tmp_path, monkeypatch):
     nb = prepare(load_in_4bit=False)
     run_cells("run-prompts-once", "train", nb)
-    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    for name in ("checkpoint-4", "adapter"):
+        shutil.rmtree(tmp_path / "run" / name)
     real, calls = torch.load, []
 
     def load(*arguments, **options):
