@@ -51,7 +51,7 @@ def test_no_remote_code_and_no_pickles():
         r"torch\.load\(|pickle\.loads?\(|joblib|exec\(|eval\(\"", source.replace("torch.load(weights_only=True)", "")
     )
     calls = re.findall(r"\bAuto\w+\.from_\w+\((.*?)\n", source)
-    assert len(calls) == 6 and [call for call in calls if "merged_dir" not in call and call]
+    assert len(calls) == 7 and [call for call in calls if "merged_dir" not in call and call]
     for call in re.findall(r"\bAuto\w+\.from_\w+\([^)]*\)", source):
         assert "trust_remote_code=False" in call or "merged_dir" in call, call
     assert source.count("use_safetensors=use_safetensors") == 1
@@ -74,7 +74,7 @@ def test_sections_in_reading_order():
     assert headings[1:] == [
         f"## {name}"
         for name in (
-            "Install,Parameters,Machine,Accounts,Sources,Preference data,ChatML,Model,Training,Curves,Merge,Hub,Generation"
+            "Install,Parameters,Machine,Accounts,Sources,Preference data,ChatML,Model,Training,Curves,Merge,Hub,Evaluation,Generation"
         ).split(",")
     ]
     assert NOTEBOOK.cells[-1].cell_type == "code"

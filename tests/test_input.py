@@ -174,6 +174,7 @@ CASES = [
     Case("rate of nan", "check-parameters", "learning_rate = nan, but it must be a number above 0", parameters(learning_rate=float("nan"))),
     Case("seed too large", "check-parameters", "seed = 4294967296, but", parameters(seed=2**32)),
     Case("warm-up beyond the steps", "check-parameters", "warmup_steps = 4 would take up all of max_steps = 4: lower", parameters(warmup_steps=4)),
+    Case("tasks without shots", "check-parameters", "eval_tasks = 'gsm8k', but it must be empty, or task:shots", parameters(eval_tasks="gsm8k")),
     Case("beyond the model's length", "size", r"max_length = 99999, but .* reads \d+ tokens at most: lower", parameters(max_length=99999)),
 ]  # fmt: skip
 
@@ -459,6 +460,12 @@ def test_local_data_that_has_changed_is_refused(models, tmp_path):
     path.write_text(path.read_text().replace("Licensor", "Licenser", 1))
     error, frames = run_until_it_fails("same-run", **changes)
     assert_one_sentence(error, frames, "same-run", "holds a run with dataset_revision = '.*', not '.*': set it back or")
+
+
+def test_tasks_without_the_harness(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    error, frames = run_until_it_fails("check-parameters", eval_tasks="gsm8k:5")
+    assert_one_sentence(error, frames, "check-parameters", 'wants lm-evaluation-harness: `pip install "lm-eval')
 
 
 def test_pairs_that_the_processes_cannot_share():

@@ -375,12 +375,13 @@ CARDS = {  # as in the table of the title cell: name -> (bytes of memory that to
 }
 
 
-def planned(card, **parameters):
-    """The plan's cells on a card, for the 7B base and pairs that fill max_length."""
+def planned(card, config=None, processes=1, sharded=False, **parameters):
+    """The plan's cells on a card, for the 7B base or another and pairs that fill max_length."""
     nb = functions(**parameters)
     memory, capability = card
+    nb.update(processes=types.SimpleNamespace(num_processes=processes), sharded=sharded)
     nb.update(on_gpu=True, memory=memory, capability=capability, dtype=nb["precision"](capability))
-    nb["config"] = MistralConfig(vocab_size=32002)
+    nb["config"] = config or MistralConfig(vocab_size=32002)
     with torch.device("meta"):
         nb["skeleton"] = AutoModelForCausalLM.from_config(nb["config"])
     nb["parameter_count"] = nb["skeleton"].num_parameters()
@@ -401,6 +402,48 @@ def test_the_table_of_the_title_is_the_plan():
     assert all(
         "| " + " | ".join([*row[:2], f"{row[2]} × {row[3]}", row[4], f"{row[5]} GB |"]) in readme for row in rows
     )
+
+
+SHAPES_OF_TABLE = {
+    "7B": MistralConfig(vocab_size=32002),
+    "32B": Qwen2Config(
+        vocab_size=152064,
+        hidden_size=5120,
+        intermediate_size=27648,
+        num_hidden_layers=64,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+    ),
+    "70B": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+    ),
+}
+
+
+def test_the_table_of_more_gpus_is_the_plan():
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(
+        r"^\| (\d+B) \| (\d) × (\d+) GB.* \| (plain|FSDP) \| (\d+) × (\d+) × (\d) \| (on|off) \| ([\d.]+) GB \|$",
+        readme,
+        re.M,
+    )
+    assert len(rows) == 6
+    cards = {"16": "T4, 16 GB", "24": "L4 or RTX 4090, 24 GB", "80": "A100 or H100, 80 GB"}
+    for model, gpus, memory, engine, batch, accumulation, processes, checkpointing, gigabytes in rows:
+        card = CARDS[cards[memory]] if memory in cards else (47.7 * GB, (8, 9))
+        nb = planned(card, SHAPES_OF_TABLE[model], int(gpus), engine == "FSDP")
+        assert (nb["batch_size"], nb["accumulation"], gpus) == (int(batch), int(accumulation), processes)
+        assert nb["checkpointing"] == (checkpointing == "on") and f"{nb['predicted'] / GB:.1f}" == gigabytes
+
+
+def test_fsdp_wants_the_weights_on_each_gpu_first():
+    with pytest.raises(AssertionError, match="takes all of the weights at first, 39.5 GB, and has 23.7 GB: choose"):
+        planned(CARDS["L4 or RTX 4090, 24 GB"], SHAPES_OF_TABLE["70B"], 8, True)
 
 
 def test_the_arithmetic_of_the_weights_is_what_they_take():
