@@ -1,10 +1,12 @@
 import json
 import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -23,6 +25,29 @@ from trainers import SMALL  # noqa: E402
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=4, help="how many kill points tests/test_survival.py tries")
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "recipes: needs tests/recipes-requirements.txt, Chromium and Go; pytest -m recipes"
+    )
+    config.option.markexpr = config.option.markexpr or "not recipes"
+
+
+@pytest.fixture(scope="session")
+def rehearsal(tmp_path_factory):
+    """The folder of one rehearsal, and what the command printed: made once, however many processes run the tests."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    output, printed = shared / "rehearsal" / "output", shared / "rehearsal" / "printed.txt"
+    with FileLock(shared / "rehearsal.lock"):
+        if not printed.exists():
+            picture = output.parent / "curves.png"
+            command = [sys.executable, "-m", "rehearsal", "--output", output, "--picture", picture]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-3000:]
+            printed.write_text(done.stdout)
+    return output, printed.read_text()
 
 
 FAMILIES = ("chatml", "llama3", "qwen", "mistral-instruct")

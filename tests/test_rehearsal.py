@@ -19,16 +19,6 @@ REPOSITORY = "rehearsal/tiny-chat-dpo"
 
 
 @pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory):
-    """The folder of one rehearsal, and what the command printed."""
-    output = tmp_path_factory.mktemp("rehearsal") / "output"
-    command = [sys.executable, "-m", "rehearsal", "--output", output, "--picture", output.parent / "curves.png"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return output, done.stdout
-
-
-@pytest.fixture(scope="module")
 def run(rehearsal):
     return rehearsal[0] / "dpo_run"
 
