@@ -411,7 +411,7 @@ def test_any_text(prepared, family, layout, capsys):
 def test_pickled_weights_are_read_under_restrictions_and_said_so(models, tmp_path, capsys):
     changes = model(pickled(attack=False))(tmp_path, models) | data(lines(*PAIRS))(tmp_path, models)
     nb = run_cells("parameters", "load-model", {"sys": sys}, **SMALL, **changes, output_dir=str(tmp_path / "run"))
-    assert "Weights: pickled. A pickle is read through torch.load(weights_only=True)" in capsys.readouterr().out
+    assert "Weights: pickled, read through torch.load(weights_only=True)" in capsys.readouterr().out
     assert nb["model"].num_parameters() == nb["parameter_count"]
 
 

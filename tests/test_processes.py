@@ -210,16 +210,20 @@ def test_the_slurm_job(start, place, one, tmp_path):
 
 
 @pytest.mark.recipes
-def test_the_skypilot_job(tmp_path, monkeypatch):
-    import sky
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
+def test_the_skypilot_job(tmp_path):
+    """Read by SkyPilot's own parser, in an environment of its own: it wants an older click than huggingface_hub does."""
     job = yaml.safe_load(readme_block("accelerators:"))
     job.pop("file_mounts")  # a bucket wants an account
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
-    task = sky.Task.from_yaml("job.yaml")
-    assert task.name == "dpo-finetune" and {str(r.accelerators) for r in task.resources} == {"{'H100': 8}"}
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "skypilot>=0.14.1,<0.15"], check=True)
+    source = (
+        "import sky; task = sky.Task.from_yaml('job.yaml'); print(task.name, *(r.accelerators for r in task.resources))"
+    )
+    environment = os.environ | {"HOME": str(tmp_path)}
+    printed = subprocess.check_output([python, "-c", source], cwd=tmp_path, env=environment, text=True)
+    assert printed.splitlines()[-1] == "dpo-finetune {'H100': 8}"
 
 
 def test_a_process_that_is_killed_ends_the_launch_and_the_run_goes_on(start, place, one):
