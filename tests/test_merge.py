@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import types
@@ -103,6 +104,23 @@ def test_a_base_that_cannot_be_merged_in_shards_is_one_sentence(models, tmp_path
     with pytest.raises(MemoryError, match=r"cannot be merged in shards, the base has no safetensors.* is safe in") as e:
         merge(base, tmp_path / "run", free=1e6)
     assert "\n" not in str(e.value) and not (tmp_path / "run" / "merged").exists()
+
+
+def test_a_base_with_float32_parts_is_not_merged_in_shards(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.Qwen2ForCausalLM._keep_in_fp32_modules", ["norm"])
+    with pytest.raises(MemoryError, match="cannot be merged in shards, parts of it have to stay in float32"):
+        merge(models["qwen"], tmp_path / "run", free=1e6)
+
+
+def test_the_single_file_goes_before_an_index(models, tmp_path):
+    """As transformers has it, in a repository that has both."""
+    base = tmp_path / "base"
+    shutil.copytree(models["qwen"], base)
+    whole = merge(base, tmp_path / "whole", free=2e6)
+    index = {"weight_map": dict.fromkeys(weights(whole), "model-00001-of-00001.safetensors")}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    shards = weights(merge(base, tmp_path / "shards", free=1e6))
+    assert all(torch.equal(weight, shards[name]) for name, weight in weights(whole).items())
 
 
 def test_a_shard_that_does_not_fit_on_the_disk(models, tmp_path):

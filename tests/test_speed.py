@@ -16,6 +16,7 @@ import pytest
 import torch
 from notebook import NOTEBOOK, ROOT, functions, run_cell, run_cells
 from peft import LoraConfig, get_peft_model
+from test_machine import fake_cuda
 from trainers import SMALL, gradient, perturb
 from transformers import (
     AutoModelForCausalLM,
@@ -439,6 +440,30 @@ def test_the_table_of_more_gpus_is_the_plan():
         nb = planned(card, SHAPES_OF_TABLE[model], int(gpus), engine == "FSDP")
         assert (nb["batch_size"], nb["accumulation"], gpus) == (int(batch), int(accumulation), processes)
         assert nb["checkpointing"] == (checkpointing == "on") and f"{nb['predicted'] / GB:.1f}" == gigabytes
+
+
+def test_fsdp_gets_an_optimizer_for_split_tensors():
+    """bitsandbytes' have no rule for them: the first step would fail, on a GPU only."""
+    for sharded, name in ((False, "paged_adamw_32bit"), (True, "adamw_torch")):
+        nb = functions()
+        nb.update(on_gpu=True, sharded=sharded, trained=True)
+        run_cell("training-config", nb)
+        assert nb["optimizer"] == name
+
+
+def test_processes_plan_with_the_least_that_one_has(monkeypatch):
+    nb = functions()
+    fake_cuda(monkeypatch, ["A"], capability=(9, 0), memory=80e9)
+    nb["gather_object"] = lambda found: [*found, (16e9, (7, 5))]
+    run_cell("machine", nb)
+    assert nb["memory"] == 16e9 and nb["dtype"] == torch.float16
+
+
+def test_what_one_process_cannot_share_none_does(prepare, capsys):
+    nb = prepare()
+    nb["gather_object"] = lambda found: [*found, math.inf]
+    run_cells("run-prompts-once", "share-prompt", nb)
+    assert nb["share_prompt"] is False and "Prompts are run twice" in capsys.readouterr().out
 
 
 def test_fsdp_wants_the_weights_on_each_gpu_first():
