@@ -512,7 +512,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(prepare, tmp_path):
     record = tmp_path / "run" / "run.json"
     record.write_text(record.read_text().replace("adamw_torch", "paged_adamw_32bit"))
     with pytest.raises(
-        AssertionError, match="made with paged_adamw_32bit and this machine has adamw_torch: go on with"
+        AssertionError, match="made with paged_adamw_32bit and this machine has adamw_torch: go on as it"
     ):
         prepare(load_in_4bit=False)
 
