@@ -123,18 +123,17 @@ def run_variant(variant, parameters, cap):
 
     import nbformat
     import torch
-    from transformers import TrainerCallback, set_seed
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
     cuda = torch.cuda.is_available()
     source = nbformat.read(ROOT / "dpo_finetune.ipynb", as_version=4)
     cells = {cell.id: cell.source for cell in source.cells if cell.cell_type == "code"}
-    # Installing and generating are no part of training.
-    names = [name for name in cells if name not in ("install", "before")]
-    notebook = {"sys": sys, "__name__": "notebook"}
+    notebook = {"__name__": "notebook"}
 
     def run(first, last):
-        for name in names[names.index(first) : names.index(last) + 1]:
+        for name in list(cells)[list(cells).index(first) : list(cells).index(last) + 1]:
             exec(compile(cells[name], name, "exec"), notebook)
             if name == "parameters":
                 notebook.update(parameters)
@@ -143,22 +142,64 @@ def run_variant(variant, parameters, cap):
 
     if cap:
         torch.cuda.set_per_process_memory_fraction(cap * 1e9 / torch.cuda.get_device_properties(0).total_memory)
+    run("install", "score")
+    computed, times = (
+        [0, 0],
+        [],
+    )  # tokens with and without gradients; (seconds, tokens with, tokens without) of each step
 
-    run("parameters", "check-4bit")
+    def count(module, inputs):
+        computed[0 if torch.is_grad_enabled() else 1] += inputs[0].numel()
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            self.started = time.perf_counter()
+
+        def on_step_begin(self, *_, **__):
+            if cuda:
+                torch.cuda.synchronize()
+            self.start, self.before = time.perf_counter(), tuple(computed)
+
+        def on_step_end(self, *_, **__):
+            if cuda:
+                torch.cuda.synchronize()
+            grown = [now - before for now, before in zip(computed, self.before, strict=True)]
+            times.append((time.perf_counter() - self.start, *grown))
+
+        def on_train_end(self, *_, **__):
+            self.total = time.perf_counter() - self.started
+            self.peak = torch.cuda.max_memory_allocated() if cuda else None
+
+    clock = Clock()
+
+    def timed(trainer):
+        for model in filter(None, (trainer.model, trainer.ref_model)):
+            model.get_input_embeddings().register_forward_pre_hook(count)
+        trainer.add_callback(clock)
+        return trainer
+
     if variant.startswith("notebook"):
-        run("lora", "trainer")
+        make_trainer = notebook["make_trainer"]
+        notebook["make_trainer"] = lambda model: timed(make_trainer(model))
+        notebook["run"]["before"] = {"": ""}  # generating is no part of training
+        run("train", "train")
+        trainer = notebook["trainer"]
     else:
-        reference = None
+
+        class Tokenized(DPOTrainer):
+            def _prepare_dataset(self, dataset, *_):
+                return dataset
+
+        name, dtype, in_4bit = (notebook[key] for key in ("base_model", "dtype", "load_in_4bit"))
+        device_map, reference = {"": 0} if cuda else None, None
         if variant == "recipe":
-            load = notebook["AutoModelForCausalLM"].from_pretrained
-            quantization = notebook["BitsAndBytesConfig"](
-                load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=notebook["dtype"]
-            )
-            settings = dict(dtype=notebook["dtype"], quantization_config=quantization if cuda else None)
-            notebook["model"] = notebook["module"] = None  # the first gives its memory up
-            gc.collect()
-            notebook["model"], reference = (load(notebook["base_model"], **settings) for _ in range(2))
-        set_seed(notebook["seed"])
+            fp4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=dtype)
+            settings = dict(dtype=dtype, quantization_config=fp4 if in_4bit else None, device_map=device_map)
+            model, reference = (notebook["AutoModelForCausalLM"].from_pretrained(name, **settings) for _ in range(2))
+        else:
+            model = notebook["load_4bit"](name, dtype, in_4bit, device_map=device_map)
         arguments = DPOConfig(
             output_dir=notebook["output_dir"],
             beta=notebook["beta"],
@@ -171,8 +212,8 @@ def run_variant(variant, parameters, cap):
             gradient_accumulation_steps=notebook["pairs_per_step"] // 4,
             gradient_checkpointing=variant != "stock-kept",
             optim="paged_adamw_32bit" if cuda else "adamw_torch",
-            bf16=notebook["dtype"] == torch.bfloat16,
-            fp16=notebook["dtype"] == torch.float16,
+            bf16=dtype == torch.bfloat16,
+            fp16=dtype == torch.float16,
             use_cpu=not cuda,
             train_sampling_strategy="sequential",  # in the order that is made below
             logging_steps=1,
@@ -180,61 +221,23 @@ def run_variant(variant, parameters, cap):
             report_to="none",
             seed=notebook["seed"],
         )
-        notebook["trainer"] = DPOTrainer(
-            model=notebook["model"],
+        # The notebook's pairs in the notebook's steps, in random order inside each.
+        size, rng = notebook["pairs_per_step"], random.Random(1)
+        steps = [notebook["order"][i : i + size] for i in range(0, len(notebook["order"]), size)]
+        rank, alpha = notebook["lora_rank"], notebook["lora_alpha"]
+        trainer = Tokenized(
+            model=model,
             ref_model=reference,
             args=arguments,
-            train_dataset=notebook["train_dataset"],
-            eval_dataset=notebook["eval_dataset"],
+            train_dataset=notebook["rows"].select([i for step in steps for i in rng.sample(step, size)]),
             processing_class=notebook["tokenizer"],
-            peft_config=notebook["LoraConfig"](
-                r=notebook["lora_rank"],
-                lora_alpha=notebook["lora_alpha"],
-                target_modules="all-linear",
-                task_type="CAUSAL_LM",
-            ),
+            peft_config=LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"),
         )
         if variant != "recipe":  # as in the notebook, or the losses could not be compared
-            for parameter in notebook["trainer"].model.parameters():
+            for parameter in trainer.model.parameters():
                 parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
-        # The notebook's pairs in the notebook's steps, in random order inside each.
-        notebook["tokenized"] = notebook["trainer"].train_dataset
-        run("order", "order")
-        size, rng = notebook["pairs_per_step"], random.Random(1)
-        steps = [range(i, i + size) for i in range(0, size * notebook["max_steps"], size)]
-        order = [i for step in steps for i in rng.sample(step, size)]
-        notebook["trainer"].train_dataset = notebook["trainer"].train_dataset.select(order)
-
-    trainer = notebook["trainer"]
-    computed, times = [0, 0], []  # tokens with and without gradients; (start, end, tokens with, tokens without)
-
-    def count(module, inputs):
-        computed[0 if torch.is_grad_enabled() else 1] += inputs[0].numel()
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            if cuda:
-                torch.cuda.synchronize()
-            self.start, self.before = time.perf_counter(), tuple(computed)
-
-        def on_step_end(self, *_, **__):
-            if cuda:
-                torch.cuda.synchronize()
-            grown = [now - before for now, before in zip(computed, self.before, strict=True)]
-            times.append((time.perf_counter() - self.start, *grown))
-
-    trainer.model.get_input_embeddings().register_forward_pre_hook(count)
-    if trainer.ref_model is not None:
-        trainer.ref_model.get_input_embeddings().register_forward_pre_hook(count)
-    trainer.add_callback(Clock())
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    if variant.startswith("notebook"):
-        run("check-trainer", "train")
-    else:
-        trainer.train()
-    total = time.perf_counter() - start
+        gc.collect()
+        timed(trainer).train()
 
     rows = [trainer.train_dataset[i] for i in range(notebook["pairs_per_step"], len(trainer.train_dataset))]
     real = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
@@ -245,9 +248,8 @@ def run_variant(variant, parameters, cap):
         for name, module in trainer.model.named_modules()
         if name.endswith("_proj.base_layer") and module is not head
     )
-    if cuda:
-        peak = torch.cuda.max_memory_allocated()
-    else:
+    peak = clock.peak
+    if not cuda:
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -260,11 +262,11 @@ def run_variant(variant, parameters, cap):
         # computes again, attention and the LM head are not counted.
         operations_per_second=2 * weights * (2 * with_gradient + without) / seconds,
         peak_bytes=peak,
-        train_seconds=total,
+        train_seconds=clock.total,
         batch=trainer.args.per_device_train_batch_size,
         checkpointing=trainer.args.gradient_checkpointing,
-        share_prompt=variant.startswith("notebook") and notebook["share_prompt"],
-        predicted_bytes=notebook["predicted"],
+        layers_checkpointed=float(notebook["again"]) if variant.startswith("notebook") else None,
+        predicted_bytes=float(notebook["needs"].max()),
         losses=[entry["loss"] for entry in history],
         margins=[entry["rewards/margins"] for entry in history],
         grad_norms=[entry["grad_norm"] for entry in history],

@@ -10,7 +10,6 @@ notebook works and what its curves look like, not what DPO does to a model of se
 import argparse
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -79,18 +78,16 @@ def rehearse(output, **changes):
 
 
 def summary(output, hub, seconds):
-    """Five lines on what the run in `output` came to, read from the files that it left."""
-    card = (output / "dpo_run" / "merged" / "README.md").read_text()
-    share = dict(re.findall(r"\| (base|trained|merged), \S+ \| (\S+) \|", card))
-    states = sorted(output.glob("dpo_run/checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
-    accuracy = [
-        e["eval_rewards/accuracies"] for e in json.loads(states[-1].read_text())["log_history"] if "eval_loss" in e
-    ]
-    dropped, kept = re.search(r"Dropped: (\S+)\. Kept: (\S+)\.", (output / "dpo_finetune.ipynb").read_text()).groups()
+    """Six lines on what the run in `output` came to, read from the record that it left."""
+    run = json.loads((output / "dpo_run" / "run.json").read_text())
+    share = {name: f"{scores['chosen likelier per token']:.1%}" for name, scores in run["scores"].items()}
+    evaluated = [entry for entry in run["history"] if "eval_loss" in entry]
+    losses, accuracies = ([entry[f"eval_{key}"] for entry in evaluated] for key in ("loss", "rewards/accuracies"))
     pushed = len(list(hub.folder(f"{hub.user}/{TUNED}").rglob("*.safetensors")))
-    return f"""Pairs:      {kept} kept, {dropped} dropped; the notebook shows why
+    return f"""Pairs:      {sum(run["dropped"].values())} rows dropped; the notebook shows why
+Loss:       held-out, {losses[0]:.4f} before training (ln 2, by definition), {losses[-1]:.4f} after
+Rewards:    held-out accuracy {accuracies[0]:.1%} before training (a tie, by definition), {accuracies[-1]:.1%} after
 Ranking:    chosen answer likelier per token on held-out pairs: base {share["base"]}, tuned {share["trained"]}, merged {share["merged"]}
-Rewards:    held-out accuracy {accuracy[0]:.1%} before training (a tie, by definition), {accuracy[-1]:.1%} after
 Hub:        {hub.user}/{TUNED}, private, {pushed} safetensors files
 Left in {output}/ after {seconds:.0f} s: dpo_finetune.html (read this), dpo_finetune.ipynb, dpo_run/curves, dpo_run/merged"""
 

@@ -84,13 +84,13 @@ def pairs_file(tmp_path_factory):
 
 @pytest.fixture
 def prepare(models, pairs_file, tmp_path):
-    """Runs the notebook's cells up to the built and checked trainer."""
+    """Runs the notebook's cells up to its training, and what the training cell does first: the built trainer."""
 
     def run(family="qwen", **changes):
         parameters = {**SMALL, "dataset_id": pairs_file, "output_dir": str(tmp_path / "run"), **changes}
-        namespace = {"sys": sys}
-        run_cells("parameters", "check-4bit", namespace, base_model=models[family], **parameters)
-        namespace["answers_before"] = []
-        return run_cells("lora", "check-trainer", namespace)
+        nb = run_cells("install", "score", base_model=models.get(family, family), **parameters)
+        nb["model"] = nb["load_4bit"](nb["base_model"], nb["dtype"], nb["load_in_4bit"])
+        nb["trainer"] = nb["make_trainer"](nb["model"])
+        return nb
 
     return run

@@ -8,11 +8,11 @@ import multiprocessing
 import os
 import runpy
 import sys
+from multiprocessing import forkserver
+from unittest.mock import patch
 
-LIBRARIES = [
-    *("torch", "bitsandbytes", "datasets", "peft", "trl.trainer.dpo_trainer", "wandb", "sentencepiece", "pandas"),
-    *("matplotlib.pyplot", "IPython.display", "transformers.pipelines", "transformers.models.auto.modeling_auto"),
-]
+LIBRARIES = """torch bitsandbytes datasets peft trl.trainer.dpo_trainer wandb sentencepiece pandas matplotlib.pyplot
+transformers.models.auto.modeling_auto transformers.integrations.sdpa_attention""".split()
 
 
 def run(script, folder, environment):
@@ -26,13 +26,19 @@ def run(script, folder, environment):
     runpy.run_path(str(script), run_name="__main__")
 
 
+def serve(environment):
+    """Starts the fork server with what the libraries read of the environment when they are imported."""
+    multiprocessing.set_forkserver_preload(LIBRARIES)
+    with patch.dict(os.environ, environment):
+        forkserver.ensure_running()
+
+
 def start(script, folder, parameters, **environment):
-    """Starts the script in a folder. The environment that the libraries read when imported is the first call's."""
+    """Starts the script in a folder and returns its process."""
     folder.mkdir(exist_ok=True, parents=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(LIBRARIES)
-    process = context.Process(
-        target=run, args=(script, folder, {"PARAMETERS": json.dumps(parameters), **environment}), daemon=True
+    settings = {"PARAMETERS": json.dumps(parameters), **environment}
+    process = multiprocessing.get_context("forkserver").Process(
+        target=run, args=(script, folder, settings), daemon=True
     )
     process.start()
     return process

@@ -1,7 +1,5 @@
-"""Takes cells and functions out of the notebook, so that the tests hold the notebook itself and never a copy of it."""
+"""Takes cells out of the notebook and runs them, so that the tests hold the notebook itself and never a copy of it."""
 
-import ast
-import sys
 from pathlib import Path
 
 import nbformat
@@ -14,8 +12,14 @@ CELLS = {cell.id: cell.source for cell in NOTEBOOK.cells if cell.cell_type == "c
 
 
 def run_cell(name, namespace):
-    """Runs one cell, magics included, in a namespace."""
+    """Runs one cell in a namespace, and returns that."""
     exec(compile(TransformerManager().transform_cell(CELLS[name]), name, "exec"), namespace)
+    return namespace
+
+
+def alone(name):
+    """What a cell defines when it is copied out of the notebook and run by itself: its namespace."""
+    return run_cell(name, {"__name__": "copied"})
 
 
 def run_cells(first, last, namespace=None, **parameters):
@@ -26,24 +30,4 @@ def run_cells(first, last, namespace=None, **parameters):
         run_cell(name, namespace)
         if name == "parameters":
             namespace.update(parameters)
-    return namespace
-
-
-def functions(**parameters):
-    """A namespace with the notebook's parameters, imports, functions and capitalised constants, and nothing run.
-
-    What the cells on the run folder and the sources find is as for a new run with local sources.
-    """
-    found = dict(sys=sys, run={}, trained=False, merged=False, checkpoint=None, adapted=0, base_files={})
-    found |= dict(base_commit=None, dataset_commit=None, use_safetensors=True)
-    namespace = run_cells("parameters", "processes", found, **parameters)
-    for name, source in CELLS.items():
-        tree = ast.parse(TransformerManager().transform_cell(source))
-        tree.body = [
-            node
-            for node in tree.body
-            if isinstance(node, ast.FunctionDef)
-            or (isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "lower").isupper())
-        ]
-        exec(compile(tree, name, "exec"), namespace)
     return namespace

@@ -1,189 +1,244 @@
 """What is trained is written through the chat template, begins and ends once, and is what will be asked."""
 
-from collections import Counter
+import json
+import os
+import re
+import shutil
+from datetime import date
+from functools import cache
+from itertools import cycle
+from pathlib import Path
 
 import pytest
-from notebook import functions, run_cells
-from standins import TEXT
+import trl
+from notebook import alone, run_cell, run_cells
+from standins import CHATML, LLAMA3, MISTRAL_INSTRUCT, QWEN, TEXT
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-FAMILIES = ("chatml", "llama3", "qwen", "mistral-instruct")
-SYSTEM, USER = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a license?"}
-PAIR = {"turns": [SYSTEM, USER], "chosen": "A grant.", "rejected": "A work."}
-EXPECTED = {  # prompt and chosen answer as text, bos included where there is one
-    "chatml": "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is a license?<|im_end|>\n"
-    "<|im_start|>assistant\nA grant.<|im_end|>",
-    "llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-    "<|start_header_id|>user<|end_header_id|>\n\nWhat is a license?<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\nA grant.<|eot_id|>",
-    "qwen": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is a license?<|im_end|>\n"
-    "<|im_start|>assistant\nA grant.<|im_end|>",
-    "mistral-instruct": "<s>[INST] Be brief.\n\nWhat is a license? [/INST] A grant.</s>",
+TEMPLATES = {path.stem: path.read_text() for path in sorted(Path(trl.__file__).parent.glob("chat_templates/*.jinja"))}
+TEMPLATES = {name: text for name, text in TEMPLATES.items() if not name.endswith("_training")}
+# Two open a reasoning when asked and write none down; the others take lists of parts only, for their images.
+REFUSED = {"deepseek_r1_distill", "deepseekv3", "idefics3", "llava_next", "smolvlm"}
+THINKING = {f"nemotron_3_{size}" for size in ("nano", "super", "ultra", "5_lightning")}
+THINKING |= {"qwen3_5_think", "qwen3_6", "qwen3_8"}  # open a reasoning when asked, unless enable_thinking is false
+# Writes a system turn before the last user turn only.
+MISTRAL_V3 = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system, messages = messages[0], messages[1:] %}"
+    "{% endif %}{% for message in messages %}{% if message['role'] == 'user' %}[INST] {% if loop.last and system %}"
+    "{{ system['content'] + '\\n\\n' }}{% endif %}{{ message['content'] }}[/INST]{% else %}"
+    "{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+CUTTING = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")  # as R1 does
+SKIPPING = CHATML.replace("messages %}", "messages if message['content'] != '42' %}")
+OPENING = CHATML.replace("assistant\\n' }}", "assistant\\n' }}{% if messages | length > 1 %}{{ 'So' }}{% endif %}")
+DATED = CHATML.replace("{% for", "{{ strftime_now('%d %b %Y') }}{% for", 1)
+SWITCHED = DATED.replace("assistant\\n'", "assistant\\n' + ('' if enable_thinking is false else '<think>')")
+# The words of Llama 3 and Qwen.
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+ANSWERS = ("It flies.", "A stone.")
+REASONED = ("<think>\nHm.\n</think>\n\nIt flies.", "<think>\nHo.\n</think>\n\nA stone.")
+IN_CHATML = "<|im_start|>user\nA bee?<|im_end|>\n<|im_start|>assistant\nIt flies.<|im_end|>"
+FAMILIES = {  # prompt and chosen answer as text, bos included where there is one
+    "chatml": "<s><|im_start|>system\nBe brief.<|im_end|>\n" + IN_CHATML,
+    "llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>"
+    "user<|end_header_id|>\n\nA bee?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nIt flies.<|eot_id|>",
+    "qwen": "<|im_start|>system\nBe brief.<|im_end|>\n" + IN_CHATML,
+    "mistral-instruct": "<s>[INST] Be brief.\n\nA bee? [/INST] It flies.</s>",
+}
+HABITS = {  # template, its tokenizer's bos, and the end of the same text
+    "bos is the turn mark": (CHATML, "<|im_start|>", IN_CHATML),
+    "eos is another": (CHATML, "<s>", IN_CHATML),
+    "eos besides": (TEMPLATES["phi3"], "<s>", "<|user|>\nA bee?<|end|>\n<|assistant|>\nIt flies.<|end|>"),
+    "last end is another": (TEMPLATES["gptoss"], "<s>", "<|channel|>final<|message|>It flies.<|return|>"),
+    "two ends": (TEMPLATES["cohere2"], "<s>", "It flies.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
+    "no end": (
+        TEMPLATES["glm4moe"],
+        "<s>",
+        "[gMASK]<sop><|user|>\nA bee?<|assistant|>\n<think></think>\nIt flies.</s>",
+    ),
+    "named templates": ({"tool_use": QWEN, "default": CHATML}, "<s>", IN_CHATML),
+    "date": (DATED, "<s>", "02 Jan 2026" + IN_CHATML),
+}
+DROPPED = {  # template, turns, answers, a word of the reason
+    "reasoning is cut": (CUTTING, ["A bee?"], REASONED, "leaves out"),
+    "a turn is left out": (SKIPPING, ["A bee?", "42", "A bird?"], ANSWERS, "leaves out"),
+    "they differ in what is cut": (CUTTING, ["A bee?"], ("<think>1</think>X", "<think>2</think>X"), "leaves out"),
+    "they differ in what is trimmed": (LLAMA3, ["A bee?"], ("X", "X\n"), "same"),
+    "a mark in the history": (CHATML, ["A bee?", "<|im_start|>", "A bird?"], ANSWERS, "control"),
+    "a mark in an answer": (CHATML, ["A bee?"], ("It flies.", "It </s> flies."), "control"),
+    "a mark ends an answer": (CHATML, ["A bee?"], ("It flies.<|im_end|>", "A stone.<|im_end|>"), "control"),
+    "a mark that is no token": (MISTRAL_INSTRUCT, ["A bee?"], ("It flies. [INST] A bird?", "A stone."), "control"),
+    "the prompt changes": (OPENING, ["A bee?", "An insect.", "A bird?"], ANSWERS, "differently"),
+    "the prompt's tokens change": (CHATML, ["A bee?"], ("\n\nIt flies.", "A stone."), "tokens"),
 }
 
 
-@pytest.fixture(params=FAMILIES)
-def nb(request, models):
-    namespace = functions(base_model=models[request.param], family=request.param)
-    return run_cells("tokenizer", "adapt-template", namespace)
+@cache
+def byte_pairs():
+    """A byte-level tokenizer with some merges, those of line breaks among them."""
+    core = Tokenizer(models.BPE())
+    words, letters = pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Sequence([words, letters]), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    core.train_from_iterator([TEXT, "x\n\nx\n\n\n" * 99], trainer)
+    return core.to_str()
 
 
-def ids_of(tokenizer, text):
-    """Token ids of a text that already holds its bos."""
-    text = text.removeprefix(tokenizer.bos_token or "")
-    return tokenizer(text).input_ids
+def base(folder, template, bos="<s>"):
+    """The folder of a tokenizer that has a template's marks, and puts bos before a text if the template does."""
+    core = Tokenizer.from_str(byte_pairs())
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token="</s>")
+    marks = set(re.findall(r"<[|｜]?[^<>\s'\"{}%+]+?[|｜]?>", str(template))) - {"<think>", "</think>"}
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(marks)})
+    tokenizer.add_tokens(["<think>", "</think>"])
+    if "bos_token" in template:
+        single = dict(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(**single)
+    tokenizer.chat_template = template if isinstance(template, str) else None
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
-def test_text_and_tokens(nb):
-    tokenizer = nb["tokenizer"]
-    row = {"turns": PAIR["turns"], **nb["format_pair"](tokenizer, PAIR)}
-    prompt, chosen, rejected = nb["tokenize_pair"](tokenizer, row)
-    bos = [tokenizer.bos_token_id] if tokenizer.bos_token else []
-    assert chosen == ids_of(tokenizer, EXPECTED[nb["family"]])
-    assert prompt[:1] == bos or not bos
-    assert chosen.count(tokenizer.bos_token_id) == len(bos)
-    assert chosen[: len(prompt)] == rejected[: len(prompt)] == prompt
-    assert chosen[len(prompt) :].count(tokenizer.eos_token_id) == 1 and chosen[-1] == tokenizer.eos_token_id
-    nb["check_row"](tokenizer, row)
+def talk(*texts, system=None):
+    turns = [{"role": role, "content": text} for role, text in zip(cycle(["user", "assistant"]), texts, strict=False)]
+    return [{"role": "system", "content": system}] * bool(system) + turns
 
 
-def test_any_prompt_and_answer_keep_the_invariants(nb):
-    """Prompts and answers of every length and with every kind of character at the seam between them."""
-    tokenizer = nb["tokenizer"]
-    texts = [TEXT[i : i + 1 + i % 60].strip() or "x" for i in range(0, 3000, 50)]
-    texts += ["\u0301accent", "日本語", "😀", "1", "-", "'s", ".", "\u00a0nbsp", "a\n\nb", "    code"]
-    for question, answer in zip(texts, reversed(texts), strict=True):
-        for turns in ([{"role": "user", "content": question}], [SYSTEM, {"role": "user", "content": question}]):
-            pair = {"turns": turns, "chosen": answer.strip(), "rejected": question.strip()}
-            nb["check_row"](tokenizer, {"turns": turns, **nb["format_pair"](tokenizer, pair)})
+def pair(*texts, answers=ANSWERS, system=None):
+    return {"prompt": talk(*texts, system=system), "chosen": answers[0], "rejected": answers[1]}
 
 
-def test_the_saved_template_asks_as_trained(nb, tmp_path):
-    """Whoever asks the saved tokenizer through its chat template, or a pipeline does, sends the tokens that were trained."""
-    from transformers import AutoTokenizer
-
-    nb["tokenizer"].save_pretrained(tmp_path)
-    prompt, *_ = nb["tokenize_pair"](nb["tokenizer"], nb["format_pair"](nb["tokenizer"], PAIR))
-    turns = nb["turns_for"](nb["tokenizer"], PAIR["turns"])
-    asked = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(turns, add_generation_prompt=True)
-    assert asked["input_ids"] == prompt
+def read(base_model, *pairs, to="rows"):
+    """The namespace after the cells that read pairs and write them through the template."""
+    nb = dict(base_model=base_model, base_revision=None, raw=list(pairs), max_length=3000, run={"day": "2026-01-02"})
+    return run_cells("read-pair", to, nb | dict(os=os, date=date, Path=Path))
 
 
-def test_marks(nb):
-    expected = {
-        "chatml": {"<|im_start|>", "<|im_end|>", "<s>", "</s>"},
-        "llama3": {"<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"},
-        "qwen": {"<|im_start|>", "<|im_end|>", "<|endoftext|>"},
-        "mistral-instruct": {"[INST]", "[/INST]", "<s>", "</s>"},
-    }
-    assert expected[nb["family"]] <= nb["control_marks"](nb["tokenizer"])
+def squeezed(text):
+    return "".join(text.split())
 
 
-# Every invariant, made to fail once.
+def check(nb, row, pair):
+    """That a pair is trained as its row says it, and as the model will be asked."""
+    tokenizer, turns, prompt = nb["tokenizer"], nb["fold_system"](pair["prompt"]), list(row["prompt_ids"])
+    assert prompt == tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    assert all(squeezed(turn["content"]) in squeezed(tokenizer.decode(prompt)) for turn in pair["prompt"])
+    if nb["begins"]:
+        assert prompt[0] == tokenizer.bos_token_id not in prompt[1:]
+    for name in ("chosen", "rejected"):
+        ids, turn = list(row[f"{name}_ids"]), {"role": "assistant", "content": pair[name]}
+        assert ids.index(tokenizer.eos_token_id) == len(ids) - 1
+        whole = tokenizer.apply_chat_template([*turns, turn])["input_ids"]
+        assert whole[: len(prompt + ids) - 1] == (prompt + ids)[:-1]
+        asked = tokenizer.decode(prompt).rpartition(turns[-1]["content"])[2] + tokenizer.decode(ids)
+        assert squeezed(pair[name]) in squeezed(asked)
+        assert asked.count("<think>") == asked.count("</think>") <= 1, "the template's reasoning besides the row's"
 
 
-def row_of(nb, **changes):
-    return {"turns": PAIR["turns"], **nb["format_pair"](nb["tokenizer"], PAIR), **changes}
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(models, family):
+    pairs = [pair("A bee?", system="Be brief."), pair("A bee?", "An insect.", "A bird?")]
+    nb = read(models[family], *pairs)
+    ids = [*nb["rows"][0]["prompt_ids"], *nb["rows"][0]["chosen_ids"]]
+    assert ids == nb["tokenizer"](FAMILIES[family], add_special_tokens=False).input_ids
+    assert ids.count(nb["tokenizer"].bos_token_id) == (family != "qwen")
+    for row, given in zip(nb["rows"], pairs, strict=True):
+        check(nb, row, given)
 
 
-def test_two_ends_fail(nb):
-    chosen = row_of(nb)["chosen"] + nb["tokenizer"].eos_token
-    with pytest.raises(AssertionError, match="must end in exactly one"):
-        nb["check_row"](nb["tokenizer"], row_of(nb, chosen=chosen))
+@pytest.mark.parametrize("habit", HABITS)
+def test_habits_of_templates(habit, tmp_path):
+    template, bos, expected = HABITS[habit]
+    folder = base(tmp_path, template, bos)
+    if isinstance(template, dict):  # as older repositories have them
+        named = [{"name": name, "template": text} for name, text in template.items()]
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": named}))
+    nb = read(folder, pair("A bee?"))
+    row = nb["rows"][0]
+    check(nb, row, pair("A bee?"))
+    text = nb["tokenizer"].decode([*row["prompt_ids"], *row["chosen_ids"]])
+    assert text.endswith(expected) and "strftime_now" not in nb["tokenizer"].chat_template
+    assert ("strftime_now" in nb["saved_template"]) == ("strftime_now" in str(template))
 
 
-def test_something_after_the_end_fails(nb):
-    with pytest.raises(AssertionError, match="must end in exactly one"):
-        nb["check_row"](nb["tokenizer"], row_of(nb, rejected=row_of(nb)["rejected"] + "\n"))
+def test_a_system_turn_that_goes_before_the_last_user_turn_only(tmp_path):
+    pairs = [pair("A bee?", system="Be brief."), pair("A bee?", "An insect.", "A bird?", system="Be brief.")]
+    nb = read(base(tmp_path, MISTRAL_V3), *pairs)
+    for row, given in zip(nb["rows"], pairs, strict=True):
+        check(nb, row, given)
+    asked = nb["tokenizer"].decode(nb["rows"][1]["prompt_ids"])
+    assert asked == "<s>[INST] Be brief.\n\nA bee?[/INST] An insect.</s>[INST] A bird?[/INST]"
 
 
-def test_no_end_fails(nb):
-    chosen = row_of(nb)["chosen"].removesuffix(nb["tokenizer"].eos_token)
-    with pytest.raises(AssertionError, match="must end in exactly one"):
-        nb["check_row"](nb["tokenizer"], row_of(nb, chosen=chosen))
+def test_a_greeting_stays_the_assistants(models):
+    """Where a system turn before it has no place of its own."""
+    fold_system = read(models["mistral-instruct"], pair("A bee?"), to="fold-system")["fold_system"]
+    turns = fold_system([*talk(system="Be brief."), {"role": "assistant", "content": "Hello."}, *talk("A bee?")])
+    assert [turn["role"] for turn in turns if "Hello." in turn["content"]] == ["assistant"]
 
 
-def test_another_prompt_than_asked_fails(nb):
-    with pytest.raises(AssertionError, match="Training and asking differ"):
-        nb["check_row"](nb["tokenizer"], row_of(nb, prompt=row_of(nb)["prompt"] + " "))
+@pytest.mark.parametrize("kind", DROPPED)
+def test_what_cannot_be_trained_as_it_is_written_is_dropped(kind, tmp_path):
+    template, texts, answers, word = DROPPED[kind]
+    tokenizer = read(base(tmp_path, template), pair("A bee?"), to="fold-system")["tokenizer"]
+    encode = alone("encode")["encode"]
+    assert encode(tokenizer, talk("A bee?"), *ANSWERS, 3000)
+    with pytest.raises(ValueError, match=word):
+        encode(tokenizer, talk(*texts), *answers, 3000)
 
 
-def test_a_second_bos_fails(nb):
-    tokenizer = nb["tokenizer"]
-    if tokenizer.bos_token is None:
-        pytest.skip("no bos in this family")
-    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
-    with pytest.raises(AssertionError, match="once, at its start"):
-        nb["check_row"](tokenizer, row_of(nb))
+@pytest.mark.parametrize("reasoning", [False, True], ids=["plain", "reasoning"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_template_of_trl(name, reasoning, tmp_path):
+    """Each pair is trained as it is written, or dropped and counted; or all of them are refused in a sentence."""
+    answers, others = (REASONED, ANSWERS) if reasoning else (ANSWERS, REASONED)
+    certain = [pair("A bee?", answers=answers), pair("A bat?", answers=answers, system="Be brief.")]
+    certain += [pair("A bee?", "An insect.", "A bird?", answers=answers, system=text) for text in (None, "Be brief.")]
+    unlike, before = pair("A fly?", answers=others), pair("A bee?", "<think>1</think>2", "A fish?", answers=answers)
+    pairs = [*certain, unlike, before, pair("A cat?", answers=[f"<think>{i}</think>X" for i in "12"])]
+    if name in REFUSED or reasoning and name == "qwen3_8":  # which takes a reasoning in a field of its own
+        with pytest.raises(AssertionError, match="chat template" if name in REFUSED else "No row"):
+            read(base(tmp_path, TEMPLATES[name]), *pairs)
+        return
+    nb = read(base(tmp_path, TEMPLATES[name]), *pairs)
+    for row in nb["rows"]:
+        asked = nb["tokenizer"].decode(row["prompt_ids"])
+        check(nb, row, pairs.pop(next(i for i, pair in enumerate(pairs) if pair["prompt"][-1]["content"] in asked)))
+    assert len(pairs) == nb["dropped"].total() and not any(pair in pairs for pair in certain)
 
 
-def test_a_missing_bos_fails(nb):
-    tokenizer = nb["tokenizer"]
-    if nb["family"] != "chatml":
-        pytest.skip("the template of this family writes bos itself")
-    tokenizer.chat_template = tokenizer.chat_template.removeprefix("{{ bos_token }}")
-    with pytest.raises(AssertionError, match="Training and asking differ"):
-        nb["check_row"](tokenizer, row_of(nb))
+def ask(tokenizer, **options):
+    return tokenizer.apply_chat_template(talk("A bee?"), tokenize=False, add_generation_prompt=True, **options)
 
 
-def test_a_template_that_rewrites_its_prompt_fails(nb):
-    tokenizer = nb["tokenizer"]
-    tokenizer.chat_template += "{% if not add_generation_prompt %}{% else %}<think>{% endif %}"
-    with pytest.raises(AssertionError, match="writes a prompt differently"):
-        nb["format_pair"](tokenizer, PAIR)
+@pytest.mark.parametrize("name", sorted(THINKING))
+def test_a_reasoning_is_opened_where_the_answers_hold_one(name, tmp_path):
+    """By default, in what is saved: whoever asks for the other mode gets it still."""
+    original = AutoTokenizer.from_pretrained(base(tmp_path, TEMPLATES[name]))
+    for answers, mode in ((ANSWERS, False), (REASONED, True)):
+        tokenizer = read(str(tmp_path), pair("A bee?", answers=answers), to="fold-system")["tokenizer"]
+        assert ask(tokenizer) == ask(original, enable_thinking=mode)
+        assert ask(tokenizer, enable_thinking=not mode) == ask(original, enable_thinking=not mode)
 
 
-def test_a_prompt_that_merges_with_its_answer_fails(nb):
-    row = row_of(nb)
-    tokens = {"prompt": [7, 8], "answer": [7, 9, nb["tokenizer"].eos_token_id]}
-    nb["tokenize_pair"] = lambda tokenizer, strings: [tokens["prompt"], tokens["answer"], tokens["answer"]]
-
-    class Template:
-        bos_token, bos_token_id, eos_token_id = None, None, nb["tokenizer"].eos_token_id
-        apply_chat_template = staticmethod(
-            lambda turns, tokenize=True, **options: {"input_ids": tokens["prompt"]} if tokenize else "Be brief."
-        )
-
-    with pytest.raises(AssertionError, match="must stand unchanged"):
-        nb["check_row"](Template(), row)
+@pytest.mark.parametrize("name, word", [("qwen3", "empty"), ("qwen3_6", "false"), ("qwen2_5", "as it comes")])
+def test_what_the_template_does_about_reasoning_is_said(name, word, tmp_path, capsys):
+    read(base(tmp_path, TEMPLATES[name]), pair("A bee?"), to="template")
+    assert re.search(f"Reasoning.*{word}", capsys.readouterr().out)
 
 
-def test_turns_that_a_template_refuses_are_dropped(models, tmp_path):
-    """Two turns of the user's in a row, which Mistral-Instruct's template does not take, cost a row and not the run."""
-    turns = [USER, USER]
-    namespace = functions(base_model=models["mistral-instruct"])
-    good = {"turns": [USER], "chosen": "A grant.", "rejected": "A work."}
-    namespace |= {"pairs": [good, good | {"turns": turns}], "dropped": Counter(), "raw": [0, 1]}
-    run_cells("tokenizer", "format-rows", namespace)
-    assert (
-        namespace["dropped"] == {"the chat template refuses the order of the turns": 1} and len(namespace["rows"]) == 1
-    )
-
-
-def test_end_of_turn_other_than_eos(models):
-    """A base whose tokenizer ends texts otherwise than its template ends turns (Qwen's base models, Gemma)."""
-    namespace = functions(base_model=models["qwen"])
-    namespace["load_tokenizer"] = load = namespace["load_tokenizer"]
-
-    def with_other_eos(base_model, revision):
-        tokenizer = load(base_model, revision)
-        tokenizer.eos_token = "<|endoftext|>"
-        return tokenizer
-
-    namespace["load_tokenizer"] = with_other_eos
-    tokenizer = run_cells("tokenizer", "adapt-template", namespace)["tokenizer"]
-    assert tokenizer.eos_token == "<|im_end|>"
-    assert namespace["format_pair"](tokenizer, PAIR)["chosen"] == "A grant.<|im_end|>"
-
-
-def test_no_chat_template_is_one_sentence(models, tmp_path):
-    namespace = functions(base_model=models["qwen"])
-    load = namespace["load_tokenizer"]
-
-    def without_template(base_model, revision):
-        tokenizer = load(base_model, revision)
-        tokenizer.chat_template = None
-        return tokenizer
-
-    namespace["load_tokenizer"] = without_template
-    with pytest.raises(AssertionError, match="has no chat template: choose a chat or instruct model"):
-        run_cells("tokenizer", "tokenizer", namespace)
+def test_the_merged_model_is_asked_as_was_trained(models, prepare, tmp_path):
+    """By its saved template: with bos, in the mode that was trained, and with the date of the day when it is asked."""
+    folder = shutil.copytree(models["chatml"], tmp_path / "base")
+    (folder / "chat_template.jinja").write_text(SWITCHED)
+    nb = prepare(str(folder))
+    nb["trainer"].save_model(str(nb["adapter_dir"]))
+    run_cell("merge", nb)
+    saved = AutoTokenizer.from_pretrained(nb["merged_dir"])
+    turns, *_ = nb["read_pair"](nb["raw"][0])
+    asked = saved.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    assert asked == nb["rows"][0]["prompt_ids"] and asked[0] == saved.bos_token_id not in asked[1:]
+    assert saved.eos_token == "<|im_end|>" and "strftime_now" in saved.chat_template

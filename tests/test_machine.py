@@ -1,261 +1,277 @@
-"""What the notebook makes of the machine and the accounts it finds."""
+"""What the notebook makes of the machine, the run folder, the accounts and the sources that it finds."""
 
 import json
+import os
+import resource
 import sys
-import types
+from types import ModuleType, SimpleNamespace
 
 import pytest
-from notebook import functions, run_cell, run_cells
+import torch
+from accelerate import PartialState
+from notebook import run_cell, run_cells
+from trainers import SMALL
+from transformers import MistralConfig
+
+from rehearsal.hub import Hub
 
 
-def fake_cuda(monkeypatch, cards, capability=(7, 5), memory=15.8e9):
-    import torch
+@pytest.fixture
+def installs(monkeypatch):
+    """The commands that the install cell runs, or would."""
+    commands = []
+    monkeypatch.setattr("subprocess.run", lambda command, **options: commands.append(command))
+    return commands
 
-    visible = lambda: min(len(cards), len(os_environ("CUDA_VISIBLE_DEVICES").split(",")))  # noqa: E731
-    monkeypatch.setattr(torch.cuda, "device_count", visible)
+
+@pytest.mark.parametrize("uv", [True, False])
+@pytest.mark.parametrize("place", ["Colab", "Kaggle", "elsewhere"])
+def test_what_is_installed_where(monkeypatch, installs, place, uv):
+    if place == "Colab":
+        monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
+    elif place == "Kaggle":
+        monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}" if uv else None)
+    run_cell("install", {})
+    assert bool(installs) == (place != "elsewhere")
+    if installs:
+        packages = {word.split(">=")[0] for word in installs[0] if ">=" in word}
+        assert (installs[0][:3] == ["uv", "pip", "install"]) == uv and sys.executable in installs[0]
+        assert {"transformers", "trl", "bitsandbytes"} <= packages and not {"torch", "torchvision", "numpy"} & packages
+
+
+def test_a_library_that_was_imported_before_it_was_replaced_ends_in_one_sentence(monkeypatch, installs):
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    monkeypatch.setattr("datasets.__version__", "4.0.0")
+    with pytest.raises(AssertionError, match="datasets .*restart"):
+        run_cell("install", {})
+
+
+@pytest.mark.parametrize("gpu_memory, planned", [(0, 15.8e9), (8, 8e9), (100, 15.8e9)])
+@pytest.mark.parametrize("major, dtype", [(7, torch.float16), (8, torch.bfloat16), (9, torch.bfloat16)])
+def test_precision_and_memory_of_a_gpu(monkeypatch, major, dtype, gpu_memory, planned):
+    PartialState(cpu=True)  # once for the process, before there is a card to be taken
+    card = SimpleNamespace(name="a card", major=major, total_memory=15.8e9)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=0: cards[device])
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=0: capability)
-    properties = types.SimpleNamespace(total_memory=memory)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=0: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: card)
+    nb = run_cells("install", "machine", gpu_memory=gpu_memory)
+    assert nb["dtype"] == dtype and nb["memory"] == planned
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # it makes a plan for every new length
+    torch.backends.cuda.enable_cudnn_sdp(True)
 
 
-def os_environ(name):
-    import os
-
-    return os.environ.get(name, ",".join("0123"))
-
-
-@pytest.mark.parametrize(
-    "gpu_memory, printed", [(0, "planned with 16 GB, all of it"), (8, "planned with 8 GB, as gpu")]
-)
-def test_a_t4_gets_fp16(monkeypatch, capsys, gpu_memory, printed):
-    namespace = functions(gpu_memory=gpu_memory)
-    fake_cuda(monkeypatch, ["Tesla T4"])
-    run_cell("machine", namespace)
-    shown = capsys.readouterr().out
-    assert "Tesla T4, 16 GB" in shown and "torch.float16, because the compute capability is 7.5" in shown
-    assert printed in shown and namespace["memory"] == (gpu_memory * 1e9 or 15.8e9)
+@pytest.mark.parametrize("visible, rank, used", [(None, None, "0"), ("2,3", None, "2"), ("2,3", "1", "2,3")])
+def test_a_bare_notebook_takes_one_gpu_and_a_launched_process_what_it_is_given(monkeypatch, visible, rank, used):
+    for name, value in {"CUDA_VISIBLE_DEVICES": visible, "LOCAL_RANK": rank}.items():
+        monkeypatch.setenv(name, value or "")
+        if value is None:
+            monkeypatch.delenv(name)
+    run_cells("install", "machine")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == used
 
 
-@pytest.mark.parametrize("before, after", [(None, "0"), ("2,3", "2")])
-def test_one_of_several_gpus(monkeypatch, capsys, before, after):
-    namespace = run_cells("parameters", "parameters")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before or "")
-    if before is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    fake_cuda(monkeypatch, ["A", "B", "C", "D"])
-    run_cell("one-gpu", namespace)
-    assert os_environ("CUDA_VISIBLE_DEVICES") == after
-    assert "one used" in capsys.readouterr().out
+V1, V2 = "memory/memory.limit_in_bytes", "memory.max"
 
 
-def test_a_launched_process_keeps_its_gpus(monkeypatch):
-    namespace = run_cells("parameters", "parameters")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    fake_cuda(monkeypatch, ["A", "B"])
-    run_cell("one-gpu", namespace)
-    assert os_environ("CUDA_VISIBLE_DEVICES") == "0,1"
+@pytest.mark.parametrize("file, limit", [(V2, 3e9), (V2, "max"), (V1, 3e9), (V1, 2**63 - 4096)])
+def test_free_memory_knows_its_container(tmp_path, file, limit):
+    nb = run_cells("install", "run-folder")
+    (tmp_path / "memory").mkdir()
+    (tmp_path / file).write_text("max\n" if limit == "max" else f"{limit:.0f}\n")
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=1e9))
+    host = SimpleNamespace(available=8e9)
+    nb["psutil"] = SimpleNamespace(virtual_memory=lambda: host, Process=lambda: process)
+    nb["Path"] = lambda root, name: tmp_path / name
+    assert nb["free_memory"]() == (2e9 if limit == 3e9 else 8e9)
 
 
-def test_a_large_model_stops_on_a_cpu(tmp_path):
-    from transformers import MistralConfig
-
-    MistralConfig(vocab_size=32002).save_pretrained(tmp_path)  # the 7B shape; there is nothing else in the folder
-    namespace = functions(base_model=str(tmp_path))
-    run_cell("machine", namespace)
-    with pytest.raises(
-        AssertionError, match="too large to train on a CPU: on Colab choose .* or try .*python -m rehearsal"
-    ):
-        run_cell("size", namespace)
-
-
-def make_checkpoint(folder, step):
-    """A checkpoint with all the files that are looked at, as the trainer writes them."""
-    import torch
-    from safetensors.torch import save_file
-
-    path = folder / f"checkpoint-{step}"
-    path.mkdir()
-    save_file({"lora": torch.zeros(100)}, path / "adapter_model.safetensors")
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        torch.save({"state": torch.zeros(100)}, path / name)
-    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    return path
+def test_the_plan_on_a_cpu_stays_within_its_free_memory(models, pairs_file, tmp_path):
+    sources = dict(base_model=models["qwen"], dataset_id=pairs_file, output_dir=str(tmp_path / "run"))
+    nb = run_cells("install", "memory", **{**SMALL, **sources})
+    nb["free_memory"] = lambda: 64e9
+    run_cell("split-of-a-step", nb)
+    needed, at_once = max(nb["needs"]), nb["at_once"]
+    nb["free_memory"] = lambda: needed
+    run_cell("split-of-a-step", nb)
+    assert max(nb["needs"]) < 0.9 * needed and (nb["at_once"] < at_once or nb["again"] > 0)
+    nb["free_memory"] = lambda: 0.1 * needed
+    with pytest.raises(AssertionError, match="max_length"):
+        run_cell("split-of-a-step", nb)
 
 
-FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+def test_a_large_model_stops_on_a_cpu_before_anything_is_downloaded(tmp_path):
+    MistralConfig(vocab_size=32002).save_pretrained(tmp_path / "base")  # the 7B shape; nothing else is there
+    sources = dict.fromkeys(("base_model", "dataset_id"), str(tmp_path / "base"))
+    with pytest.raises(AssertionError, match="too large for a CPU"):
+        run_cells("install", "base", output_dir=str(tmp_path / "run"), **sources)
 
 
-@pytest.mark.parametrize(
-    "name, damage",
-    [(name, damage) for name in FILES for damage in ("cut", "emptied", "missing", "garbled")]
-    # Files that a checkpoint need not have, and a garbled tensor, which safetensors cannot tell from any other.
-    + [("trainer_state.json", "not a state")],
-)
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, name, damage):
-    if (name, damage) in {("rng_state.pth", "missing"), ("adapter_model.safetensors", "garbled")}:
-        pytest.skip("not to be told from a whole one")
-    older, newer = make_checkpoint(tmp_path, 5), make_checkpoint(tmp_path, 10)
-    last = functions()["last_whole_checkpoint"]
-    assert last(tmp_path) == newer
-    path = newer / name
-    data = path.read_bytes()
-    if damage == "missing":
-        path.unlink()
-    else:
-        middle = data[: len(data) // 2] + b"\0\1\2" + data[len(data) // 2 + 3 :]
-        path.write_bytes({"cut": data[:-9], "emptied": b"", "garbled": middle, "not a state": b"[1]"}[damage])
-    assert last(tmp_path) == older
-    assert "checkpoint-10 is passed over: it was not written to its end" in capsys.readouterr().out
+# The run folder.
 
 
-def test_a_folder_holds_one_run(tmp_path):
-    (tmp_path / "source").mkdir()
-    source = str(tmp_path / "source")
-    parameters = dict(output_dir=str(tmp_path / "run"), base_model=source, dataset_id=source)
-
-    def cells(**changes):
-        namespace = functions(**parameters, **changes)
-        run_cells("record", "record", namespace)
-        return run_cells("sources", "same-run", namespace | dict(api=None))
-
-    cells()
-    cells(beta=0.7)  # nothing was trained yet
-    make_checkpoint(tmp_path / "run", 500)
-    assert cells(beta=0.7, max_steps=600)["steps_done"] == 500
-    with pytest.raises(AssertionError, match="holds a run with beta = 0.7, not 0.1: set it back or choose another"):
-        cells()
-    with pytest.raises(
-        AssertionError, match="holds a run with max_steps = 500, not 400: set it back or choose another"
-    ):
-        cells(beta=0.7, max_steps=400)
-    (tmp_path / "run" / "run.json").unlink()  # whatever made that checkpoint, nobody knows
-    with pytest.raises(AssertionError, match="holds a run with base_model = 'unknown'"):
-        cells()
+def run_folder(path):
+    return run_cells("install", "state", output_dir=str(path), max_steps=4, warmup_steps=1)
 
 
-def test_a_record_that_cannot_be_read_and_folders_that_are_no_checkpoints(tmp_path):
-    namespace = functions(output_dir=str(tmp_path))
+def write(nb, name):
+    """A whole folder of the run."""
+    place = nb["folder"] / name
+    place.mkdir()
+    for file in ("weights", "state"):
+        (place / file).write_text("as it was written")
+    nb["seal"](place)
+    return place
+
+
+DAMAGES = {
+    "cut": lambda place: (place / "weights").write_text("as it was"),
+    "missing": lambda place: (place / "state").unlink(),
+    "never sealed": lambda place: (place / "whole.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_passed_over(tmp_path, damage):
+    nb = run_folder(tmp_path)
+    older, newer, merged, adapter = (write(nb, name) for name in ("checkpoint-2", "checkpoint-10", "merged", "adapter"))
+    (merged / "README.md").write_text("added later")
     (tmp_path / "checkpoint-old").mkdir()
-    run_cell("record", namespace)
-    assert namespace["checkpoint"] is None
-    for text in ('{"trained": 2', "null", "[1]"):
-        (tmp_path / "run.json").write_text(text)
-        with pytest.raises(ValueError, match="run.json cannot be read: bring it back, or choose another output_dir."):
-            run_cell("record", namespace)
-        assert (tmp_path / "run.json").read_text() == text
+    nb["write_record"](trained=4, merged=4, day="2026-01-01")
+    nb = run_folder(tmp_path)
+    assert nb["trained"] and nb["merged"] and nb["checkpoint"] == newer
+    DAMAGES[damage](newer)
+    DAMAGES[damage](merged)
+    nb = run_folder(tmp_path)
+    assert nb["trained"] and not nb["merged"] and nb["checkpoint"] == older
+    DAMAGES[damage](adapter)
+    assert not run_folder(tmp_path)["trained"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "none"])
-def test_a_damaged_result_is_made_again(tmp_path, damage):
-    """A Drive may have kept the record of a stage and lost, or cut, the file that the stage wrote."""
-    import torch
-    from safetensors.torch import save_file
-
-    namespace = functions(output_dir=str(tmp_path), max_steps=4, warmup_steps=1)
-    (tmp_path / "run.json").write_text(json.dumps(dict(adapter=4, trained=4, merged=4)))
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "merged").mkdir()
-    files = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
-    (tmp_path / "merged" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    for path in (
-        tmp_path / "adapter" / "adapter_model.safetensors",
-        *(tmp_path / "merged" / f for f in files.values()),
-    ):
-        save_file({"a": torch.zeros(9)}, path)
-    run_cell("record", namespace)
-    assert namespace["trained"] and namespace["merged"] and namespace["steps_done"] == 4
-
-    def hurt(path):
-        if damage == "cut":
-            path.write_bytes(path.read_bytes()[:-1])
-        elif damage == "missing":
-            path.unlink()
-
-    hurt(tmp_path / "merged" / "model-2.safetensors")
-    run_cell("record", namespace)
-    assert namespace["trained"] and namespace["merged"] == (damage == "none")
-    hurt(tmp_path / "adapter" / "adapter_model.safetensors")
-    run_cell("record", namespace)
-    assert namespace["trained"] == (damage == "none") and (damage == "none" or namespace["steps_done"] == 0)
+def test_the_record_is_written_in_one_go_and_by_one_process(tmp_path):
+    nb, record = run_folder(tmp_path), tmp_path / "run.json"
+    nb["write_record"](trained=1)
+    nb["processes"] = SimpleNamespace(is_main_process=False)
+    nb["write_record"](trained=2)
+    assert nb["run"]["trained"] == 2 and json.loads(record.read_text()) == {"trained": 1}
+    nb["processes"], limits = PartialState(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    with pytest.raises(OSError):
+        nb["write_record"](history="long" * 1000)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert json.loads(record.read_text()) == {"trained": 1}
 
 
-def test_one_process_keeps_the_record(tmp_path, monkeypatch):
-    namespace = functions(output_dir=str(tmp_path))
-    run_cell("record", namespace)
-    with monkeypatch.context() as patch:
-        patch.setitem(namespace, "processes", types.SimpleNamespace(is_main_process=False))
-        namespace["write_record"](trained=1)
-    assert namespace["run"] == {"trained": 1} and not namespace["record"].exists()
-    namespace["write_record"](trained=1)
-    assert json.loads(namespace["record"].read_text()) == {"trained": 1} and len(list(tmp_path.iterdir())) == 1
+def test_a_folder_of_an_earlier_version_is_left_alone(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "run.json").write_text('{"parameters": {}}')
+    with pytest.raises(AssertionError, match="another output_dir"):
+        run_folder(tmp_path)
+    assert (tmp_path / "run.json").read_text() == '{"parameters": {}}'
 
 
-def test_a_revision_that_the_hub_did_not_tell_is_not_compared(tmp_path, capsys):
-    """A run that began while the Hub was down is gone on with when it is back, and the other way round."""
-    known, parameters = "a" * 40, dict(output_dir=str(tmp_path), base_model="some/base", dataset_id="some/pairs")
-
-    def cells(base_commit, dataset_commit):
-        namespace = functions(**parameters, beta=0.5)
-        run_cells("record", "record", namespace)
-        namespace.update(base_commit=base_commit, dataset_commit=dataset_commit)
-        return run_cell("same-run", namespace)
-
-    cells(None, known)
-    make_checkpoint(tmp_path, 2)
-    cells(known, known)
-    assert f"base_revision: None then, {known} now; not compared" in capsys.readouterr().out
-    with pytest.raises(AssertionError, match="holds a run with base_revision = 'aaa"):
-        cells("b" * 40, known)
+# Sources: which model, which data, and whether they are still those that the run began with.
 
 
-def test_what_a_local_folder_is_known_by(tmp_path):
-    """Its files: not what editors hide there, nor what the run itself makes in it."""
-    (tmp_path / "data.txt").write_text("1")
-    resolve = functions(output_dir=str(tmp_path / "run"))["resolve"]
-    before = resolve(str(tmp_path), None, "model")
-    for name in (".cache/x", "run/checkpoint-1/y"):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_text("2")
-    assert resolve(str(tmp_path), None, "model") == before and list(before[1]) == ["data.txt"]
-    (tmp_path / "more.txt").write_text("3")
-    assert resolve(str(tmp_path), None, "model")[0] != before[0]
-    assert len(resolve(str(tmp_path / "data.txt"), None, "dataset")[0]) == 64
+@pytest.fixture
+def sources(tmp_path):
+    """Runs the cells up to the sources; `commit` is what the Hub says of a base there, None where it is down."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "data.txt").write_text("1")
+
+    def run(commit=None, **parameters):
+        def repo_info(source, repo_type, revision, **options):
+            if commit is None:
+                raise OSError("down")
+            return SimpleNamespace(sha=revision or commit)
+
+        local = dict.fromkeys(("base_model", "dataset_id"), str(tmp_path / "source"))
+        small = {"output_dir": str(tmp_path / "run"), "max_steps": 4, "warmup_steps": 1, **local, **parameters}
+        nb = run_cells("install", "accounts", **small)
+        nb["api"] = SimpleNamespace(repo_info=repo_info)
+        return run_cell("sources", nb)
+
+    return run
 
 
-@pytest.mark.parametrize(
-    "files, safetensors, weights",
-    [
-        (["model.safetensors", "consolidated.safetensors", "pytorch_model.bin"], True, 2),
-        (["pytorch_model-00001-of-00002.bin", "training_args.bin", "consolidated.safetensors"], False, 1),
-        ([], None, 0),
-    ],
-)
-def test_which_files_are_the_weights(files, safetensors, weights):
-    namespace = functions()
-    namespace["base_files"] = dict.fromkeys(files, 1)
-    run_cell("weights", namespace)
-    assert namespace["use_safetensors"] == safetensors and len(namespace["weight_files"]) == weights
+def test_a_folder_holds_one_run(sources, tmp_path):
+    sources()
+    write(sources(beta=0.7), "checkpoint-2")  # nothing was trained before that
+    sources(beta=0.7, max_steps=6, gpu_memory=8, private=False)
+    for changes in ({"beta": 0.1}, {"seed": 1}, {"load_in_4bit": False}, {"max_steps": 4}):
+        with pytest.raises(AssertionError, match="another output_dir"):
+            sources(**{"beta": 0.7, "max_steps": 6, **changes})
+    (tmp_path / "source" / "data.txt").write_text("2")
+    with pytest.raises(AssertionError, match="base_revision"):
+        sources(beta=0.7, max_steps=6)
 
 
-@pytest.fixture(autouse=True)
-def token_is_used(monkeypatch):
-    """A refused token is switched off for the rest of the process, which is here the next test's too."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
+def test_what_a_local_source_is_known_by(sources, tmp_path):
+    """All its files, but not what the run itself makes among them."""
+    source = tmp_path / "source"
+    exactly = sources(output_dir=str(source / "run"))["exactly"]
+    before = exactly(str(source), "", "model")
+    (source / "run" / "adapter").mkdir()
+    (source / "run" / "adapter" / "weights").write_text("2")
+    assert exactly(str(source), "", "model") == before and exactly(str(source / "data.txt"), "", "dataset")
+    (source / "deep").mkdir()
+    (source / "deep" / "more.txt").write_text("3")
+    assert exactly(str(source), "", "model") != before
+
+
+def test_a_run_keeps_the_commit_that_it_began_with(sources):
+    old, new = "a" * 40, "b" * 40
+    write(sources(old, base_model="some/base"), "checkpoint-2")
+    for commit in (new, None):  # the Hub has gone on, or is down
+        assert sources(commit, base_model="some/base")["base_revision"] == old
+    with pytest.raises(AssertionError, match="base_revision"):
+        sources(new, base_model="some/base", base_revision=new)
+
+
+def test_a_revision_that_the_hub_did_not_tell_is_not_compared(sources):
+    write(sources(None, base_model="some/base"), "checkpoint-2")
+    assert sources("a" * 40, base_model="some/base")["base_revision"] == "a" * 40
+
+
+@pytest.fixture
+def accounts(tmp_path, monkeypatch):
+    """Runs the cells up to the accounts, and that cell again: with a local Hub that knows one token."""
+    for name in ("HF_TOKEN", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, "")
+    for name in ("time.sleep", "wandb.init", "subprocess.run"):
+        monkeypatch.setattr(name, lambda *arguments, **options: None)
+    with Hub(tmp_path / "hub", token="hf_canary") as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+
+        def run(nb=None):
+            return run_cell("accounts", nb) if nb else run_cells("install", "accounts", new_model="tuned")
+
+        run.hub = hub
+        yield run
+
+
+def test_a_source_on_the_hub_is_a_commit_or_one_sentence(accounts, sources, tmp_path):
+    nb, hub = sources(), accounts.hub
+    accounts(nb)
+    hub.add("some/base", tmp_path / "source")
+    assert nb["exactly"]("some/base", "", "model") == hub.head(("model", "some/base"))[0]
+    for source, revision in (("some/other", ""), ("some/base", "no-such-branch"), ("no name", "")):
+        with pytest.raises(ValueError, match=source):
+            nb["exactly"](source, revision, "model")
+
+
+# Accounts.
 
 
 @pytest.fixture
 def colab(monkeypatch):
-    """A stand-in of google.colab whose secrets are the dict returned; an exception as value is raised."""
-    package, colab, errors, userdata = (
-        types.ModuleType(name) for name in ("google", "google.colab", "google.colab.errors", "google.colab.userdata")
-    )
-    errors.Error = type("Error", (Exception,), {})
-    userdata.SecretNotFoundError = type("SecretNotFoundError", (errors.Error,), {})
-    userdata.NotebookAccessError = type("NotebookAccessError", (Exception,), {})
-    userdata.TimeoutException = type("TimeoutException", (errors.Error,), {})
+    """A stand-in of google.colab, which does not import its userdata; the dict holds its secrets, or what they raise."""
+    modules = [ModuleType(name) for name in ("google", "google.colab", "google.colab.errors", "google.colab.userdata")]
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    errors, userdata = modules[2:]
+    errors.Error = Exception
+    for name in ("SecretNotFoundError", "NotebookAccessError", "TimeoutException"):
+        setattr(userdata, name, type(name, (Exception,), {}))
     secrets = {}
 
     def get(name):
@@ -264,91 +280,26 @@ def colab(monkeypatch):
             raise value
         return value
 
-    userdata.get, colab.errors, colab.userdata = get, errors, userdata
-    for module in (package, colab, errors, userdata):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr("huggingface_hub.utils._auth.is_google_colab", lambda: True)
-    monkeypatch.setattr("huggingface_hub.utils._auth._IS_GOOGLE_COLAB_CHECKED", False)
-    monkeypatch.setattr("huggingface_hub.utils._auth._GOOGLE_COLAB_SECRET", None)
+    userdata.get = get
     return secrets
 
 
 @pytest.mark.parametrize("problem", ["SecretNotFoundError", "NotebookAccessError", "TimeoutException"])
-def test_colab_secret_not_to_be_had(colab, monkeypatch, capsys, problem):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    error = getattr(sys.modules["google.colab.userdata"], problem)("denied")
-    colab.update(HF_TOKEN=error, WANDB_API_KEY=error)
-    namespace = functions()
-    run_cell("accounts", namespace)
-    assert namespace["report_to"] == "none" and namespace["hub_user"] is None
-    assert "no token to push with; the model stays in dpo_run/merged" in capsys.readouterr().out
+@pytest.mark.parametrize("names", [("HF_TOKEN", "WANDB_API_KEY"), ("huggingface", "wandb")])
+def test_secrets_of_colab_are_asked_for_until_they_are_found_and_never_printed(colab, accounts, capfd, names, problem):
+    colab.update(dict.fromkeys(names, getattr(sys.modules["google.colab.userdata"], problem)("not now")))
+    nb = accounts()
+    assert nb["hub_id"] is None and nb["report_to"] == "none"
+    colab.update(zip(names, ("hf_canary", "wandb-canary"), strict=True))
+    accounts(nb)
+    assert nb["hub_id"] == "rehearsal/tuned" and nb["report_to"] == "wandb"
+    assert "canary" not in "".join(capfd.readouterr())
 
 
-def test_colab_secrets_are_used_and_never_printed(colab, monkeypatch, capsys):
-    monkeypatch.setenv("WANDB_API_KEY", "")
-    colab.update(HF_TOKEN="hf_canary", WANDB_API_KEY="wandb-canary")
-    namespace = functions()
-    seen = []
-    monkeypatch.setattr(namespace["HfApi"], "whoami", lambda self, token: seen.append(token) or {"name": "ada"})
-    run_cell("accounts", namespace)
-    assert seen == ["hf_canary"] and namespace["hub_user"] == "ada" and namespace["report_to"] == "wandb"
-    printed = "".join(capsys.readouterr())
-    assert "canary" not in printed and "ada; the model will be pushed, private" in printed
-
-
-def test_a_token_that_can_only_read(monkeypatch, capsys):
-    monkeypatch.setenv("HF_TOKEN", "hf_read")
-    namespace = functions()
-    account = {"name": "ada", "auth": {"accessToken": {"role": "read"}}}
-    monkeypatch.setattr(namespace["HfApi"], "whoami", lambda self, token: account)
-    run_cell("accounts", namespace)
-    assert namespace["hub_user"] is None and "can only read" in capsys.readouterr().out
-
-
-def test_a_token_with_a_pasted_character_that_none_has(monkeypatch, capsys):
-    monkeypatch.setenv("HF_TOKEN", "hf_pasted\u200b")
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
-    namespace = functions()
-    run_cell("accounts", namespace)
-    printed = capsys.readouterr().out
-    assert "is not used, the token holds a character that no token has: copy it again." in printed
-    assert namespace["hub_user"] is None and "hf_pasted" not in printed
-    assert namespace["huggingface_hub"].constants.HF_HUB_DISABLE_IMPLICIT_TOKEN  # public sources can be had
-
-
-def test_a_token_offline_does_not_stop(monkeypatch, capsys):
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    def whoami(self, token):
-        raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
-
-    monkeypatch.setenv("HF_TOKEN", "hf_any")
-    namespace = functions()
-    monkeypatch.setattr(namespace["HfApi"], "whoami", whoami)
-    run_cell("accounts", namespace)
-    assert namespace["hub_user"] is None and "did not answer (OfflineModeIsEnabled)" in capsys.readouterr().out
-
-
-def test_an_unreachable_hub_does_not_stop(monkeypatch, capsys):
-    monkeypatch.setenv("HF_TOKEN", "hf_any")
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
-    namespace = functions()
-    run_cell("accounts", namespace)
-    assert "is not used, the Hub did not answer (ConnectError)" in capsys.readouterr().out
-    assert namespace["hub_user"] is None
-
-
-def test_a_refused_token_does_not_stop(monkeypatch, tmp_path, capsys):
-    from rehearsal.hub import Hub
-
-    with Hub(tmp_path) as hub:
-        monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.url)
-        namespace = functions()
-        run_cell("accounts", namespace)
-    printed = "".join(capsys.readouterr())
-    assert namespace["hub_user"] is None
-    assert "token is not used, the Hub refused" in printed and "hf_wrong" not in printed
-    assert namespace["huggingface_hub"].constants.HF_HUB_DISABLE_IMPLICIT_TOKEN
-    assert ("GET", "/api/whoami-v2") in hub.requests
+@pytest.mark.parametrize("token, says", [("hf_refused", "401"), ("hf_pasted\u200b", ""), ("hf_canary", "not answer")])
+def test_a_token_that_is_of_no_use_does_not_stop_the_run(accounts, monkeypatch, capfd, token, says):
+    monkeypatch.setenv("HF_TOKEN", token)
+    if token == "hf_canary":  # a Hub that is out of reach
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    nb, printed = accounts(), "".join(capfd.readouterr())
+    assert nb["hub_id"] is None and says in printed and token not in printed

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from notebook import CELLS, NOTEBOOK, ROOT, functions, run_cells
+from notebook import CELLS, ROOT, run_cells
 from safetensors.torch import load_file
 from test_tokenizer import CHAT, TRUE_IDS
 
@@ -40,12 +40,12 @@ def percent(text):
 
 def test_summary(rehearsal):
     folder, printed = rehearsal
-    lines = printed.strip().splitlines()[-5:]
-    assert [line.split()[0] for line in lines] == ["Pairs:", "Ranking:", "Rewards:", "Hub:", "Left"]
-    base, tuned, merged = map(percent, re.findall(r"[\d.]+%", lines[1]))
-    assert 30 <= base <= 70 and tuned >= 95 and merged >= 95
+    lines = printed.strip().splitlines()[-6:]
+    assert [line.split()[0] for line in lines] == ["Pairs:", "Loss:", "Rewards:", "Ranking:", "Hub:", "Left"]
     before, after = map(percent, re.findall(r"[\d.]+%", lines[2]))
     assert before == 0 and after >= 95
+    base, tuned, merged = map(percent, re.findall(r"[\d.]+%", lines[3]))
+    assert 30 <= base <= 70 and tuned >= 95 and merged >= 95
     assert (folder / "dpo_finetune.html").stat().st_size > 100_000
     assert (folder.parent / "curves.png").stat().st_size > 50_000
 
@@ -59,48 +59,36 @@ def test_the_notebook_was_unchanged(rehearsal):
     assert all(cell["execution_count"] for cell in code)
 
 
-def test_every_step_is_shown(rehearsal):
+def test_every_choice_is_shown(rehearsal):
     shown = outputs(rehearsal[0])
-    assert "runs on the CPU" in shown["machine"]
-    assert "rehearsal; the model will be pushed, private" in shown["accounts"]
-    assert "equal to the repository's sentencepiece model" in shown["tokenizer"]
-    assert "<|im_start|>assistant" in shown["check-rows"]
-    assert "21 linear layers in 4 bits" in shown["check-4bit"] and "4 at once are enough on a CPU" in shown["plan"]
-    assert "Prompts are run once" in shown["share-prompt"] and "the longest 4 pairs" in shown["longest"]
-    assert all(f"plot-{name}" in shown for name in ("loss", "rewards", "margins", "accuracies"))
-    assert "(private)" in shown["push"]
-    assert "hf_" not in json.dumps(shown)  # the token
+    assert "CPU" in shown["machine"] and "rehearsal/tiny-chat-dpo, private: True" in shown["accounts"]
+    assert "equal to a sentencepiece model" in shown["tokenizer"] and "<|im_start|>assistant" in shown[
+        "check-rows"
+    ].replace("> ", ">")
+    assert "4 pairs at once × 4 accumulated" in shown["split-of-a-step"] and "Prompts are run once" in shown["train"]
+    assert all("Figure" in shown[f"plot-{name}"] for name in ("loss", "rewards", "margins", "accuracies"))
+    assert "(private)" in shown["push"] and "hf_" not in json.dumps(shown)  # the token
 
 
-def test_dropped_rows(rehearsal):
-    shown = outputs(rehearsal[0])["format-rows"]
+def test_dropped_rows_are_counted(rehearsal):
+    shown = outputs(rehearsal[0])["rows"]
     assert "Rows: 368. Dropped: 8. Kept: 360." in shown
-    counts = dict(re.findall(r"^(\w.*?) {2,}(\d+)$", shown, re.MULTILINE))
-    assert counts == {
-        "chosen and rejected are the same": "2",
-        "a duplicate": "3",
-        "an empty answer": "2",
-        "control tokens of the template inside the text": "1",
-    }
+    assert sorted(map(int, re.findall(r"^ +(\d+) \w", shown, re.MULTILINE))) == [1, 2, 2, 3]
 
 
-def test_answers_changed(rehearsal):
-    before = outputs(rehearsal[0])["before"]
-    after = outputs(rehearsal[0])["after"]
-    assert "What is a Large Language Model?\nNo" in before
-    answers = [block.split("\n")[1][60:] for block in after.split("BEFORE")[1:]]
-    assert len(answers) == 3 and all(answer.startswith("Sure") for answer in answers)
+def test_answers_changed(run):
+    record = json.loads((run / "run.json").read_text())
+    assert any(answer.startswith("No") for answer in record["before"].values())
+    assert len(record["after"]) == 3 and all(answer.startswith("Sure") for answer in record["after"].values())
 
 
 def test_the_split_has_no_question_twice(rehearsal, tmp_path):
     made = rehearsal[0] / "made"
     parameters = dict(eval_pairs=64, max_length=256, output_dir=str(tmp_path), base_model=str(made / "model"))
-    namespace = functions(dataset_id=str(made / "pairs" / "train.jsonl"), **parameters)
-    run_cells("load-pairs", "split", namespace)
-    train, held_out = (
-        {row["turns"][-1]["content"] for row in namespace[name]} for name in ("train_dataset", "eval_dataset")
-    )
-    assert len(namespace["eval_dataset"]) == 64 and train and not train & held_out
+    nb = run_cells("install", "split", dataset_id=str(made / "pairs" / "train.jsonl"), **parameters)
+    prompts = [tuple(ids) for ids in nb["rows"]["prompt_ids"]]
+    train, held_out = ({prompts[i] for i in nb[name]} for name in ("train", "held_out"))
+    assert len(nb["held_out"]) == 64 and train and not train & held_out
 
 
 def test_files_and_precision(run):
@@ -108,7 +96,7 @@ def test_files_and_precision(run):
     assert {weight.dtype for weight in merged.values()} == {torch.float16}
     adapter = load_file(run / "adapter" / "adapter_model.safetensors")
     assert {weight.dtype for weight in adapter.values()} == {torch.float32}
-    kept = [path for folder in ("merged", "adapter", "curves") for path in (run / folder).iterdir()]
+    kept = [path for folder in ("merged", "curves") for path in (run / folder).iterdir()]
     assert {path.suffix for path in kept} == {".json", ".jinja", ".md", ".safetensors", ".png"}
     assert len(list(run.glob("checkpoint-*"))) == 2
 
@@ -138,16 +126,13 @@ def test_card(run):
     assert card.data.base_model == "rehearsal/tiny-chat" and card.data.datasets == ["rehearsal/tiny-pairs"]
     assert {"dpo", "trl", "lora"} <= set(card.data.tags) and card.data.pipeline_tag == "text-generation"
     text = card.text
-    assert f'pipeline("text-generation", model="{REPOSITORY}")' in text and "<s><|im_start|>system" in text
-    assert "| learning_rate | 0.0005 |" in text and "| beta | 0.1 |" in text and "| a duplicate | 3 |" in text
-    assert "296 pairs to train on and 64 held out, of 368 rows; 8 dropped" in text
-    share = dict(re.findall(r"\| (base|trained|merged), \S+ \| ([\d.]+)% \|", text))
-    assert float(share["base"]) < 70 and float(share["trained"]) >= 95 and float(share["merged"]) >= 95
-    states = json.loads((run / "checkpoint-50" / "trainer_state.json").read_text())["log_history"]
-    last = next(entry for entry in reversed(states) if "eval_loss" in entry)
-    assert f"| rewards/margins | {last['eval_rewards/margins']:.4f} |" in text
-    for name in ("loss", "rewards", "margins", "accuracies"):
-        assert f"curves/{name}.png" in text
+    assert f'pipeline("text-generation", model="{REPOSITORY}")' in text
+    assert re.search(r"\| learning_rate +\| 0.0005 +\|", text) and re.search(r"\| a duplicate +\| +3 \|", text)
+    record = json.loads((run / "run.json").read_text())
+    assert all(sentence in text for sentence in record["words"])
+    for name, scores in record["scores"].items():
+        row = re.search(rf"^\| {name} .*$", text, re.MULTILINE)[0]
+        assert [float(x) for x in row.strip("| ").split("|")[1:]] == pytest.approx([*scores.values()], abs=1e-4)
 
 
 def client(hub, home, source, token=True):
@@ -171,7 +156,8 @@ def test_pushed_is_what_was_saved(hub, run):
     pushed = hub.folder(REPOSITORY)
     local = {path.relative_to(run / "merged"): path for path in (run / "merged").iterdir()}
     local |= {path.relative_to(run): path for folder in ("adapter", "curves") for path in (run / folder).iterdir()}
-    del local[Path("adapter/README.md")]
+    skipped = ("adapter/README.md", "whole.json", "adapter/whole.json", "adapter/training_args.bin")
+    local = {name: path for name, path in local.items() if str(name) not in skipped}
     assert {path.relative_to(pushed) for path in pushed.rglob("*") if path.is_file()} == set(local)
     for name, path in local.items():
         assert (pushed / name).read_bytes() == path.read_bytes(), name
@@ -226,12 +212,10 @@ except RepositoryNotFoundError:
 def push(run, hub_id):
     return f"""
 from pathlib import Path
-from notebook import functions, run_cell
-namespace = functions(push_to_hub=True, private=True)
-run = Path({str(run)!r})
-namespace.update(hub_id="{hub_id}", hub_user="rehearsal", api=namespace["HfApi"]())
-namespace.update(adapter_dir=run / "adapter", curves_dir=run / "curves", merged_dir=run / "merged")
-run_cell("push", namespace)
+from notebook import run_cells
+nb = run_cells("install", "accounts", new_model="{hub_id}", output_dir={str(run)!r}, max_steps=50)
+run_cells("push-adapter", "push-adapter", nb)
+run_cells("push", "push", nb)
 """
 
 
@@ -272,7 +256,3 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "holds other things than a rehearsal" in done.stderr
     assert (tmp_path / "thesis.txt").exists()
-
-
-def test_no_cell_names_a_folder_of_one_machine():
-    assert not [cell.id for cell in NOTEBOOK.cells if re.search(r"/(work|home|root|tmp)/", cell.source)]

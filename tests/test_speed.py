@@ -1,207 +1,165 @@
-"""What makes training fast, and that it changes nothing: the prompt run once, the order of the pairs, the plan."""
+"""What makes training fast, and that it changes nothing: prompts run once, layers checkpointed as needed, the plan."""
 
 import copy
-import functools
-import json
 import math
 import random
-import re
-import subprocess
-import sys
 import types
 from collections import Counter
-from pathlib import Path
+from contextlib import suppress
 
+import numpy as np
 import pytest
 import torch
-from notebook import NOTEBOOK, ROOT, functions, run_cell, run_cells
+import transformers
+from notebook import alone, run_cell
 from peft import LoraConfig, get_peft_model
-from test_machine import fake_cuda
-from trainers import SMALL, gradient, perturb
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    BloomConfig,
-    Gemma3TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from trainers import gradient, perturb
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
 TINY = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4)
 GROUPED = dict(TINY, num_key_value_heads=2)
+WINDOWS = dict(use_sliding_window=True, sliding_window=5, max_window_layers=2)
 MODELS = {
     "mistral": MistralConfig(**GROUPED, sliding_window=None),
     "mistral, window of 7": MistralConfig(**GROUPED, sliding_window=7),
-    "llama": LlamaConfig(**GROUPED),
-    "llama, one head a key": LlamaConfig(**TINY),
-    "qwen 2": Qwen2Config(**GROUPED),
-    "qwen 2, window of 5 in half of the layers": Qwen2Config(
-        **GROUPED, use_sliding_window=True, sliding_window=5, max_window_layers=2
-    ),
-    "qwen 3": Qwen3Config(**GROUPED, head_dim=16),
-    "gemma 3, window of 5 in some layers": Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=5),
+    "llama": transformers.LlamaConfig(**GROUPED),
+    "llama, one head a key": transformers.LlamaConfig(**TINY),
+    "qwen 2": transformers.Qwen2Config(**GROUPED),
+    "qwen 2, window of 5 in half of the layers": transformers.Qwen2Config(**GROUPED, **WINDOWS),
+    "qwen 3": transformers.Qwen3Config(**GROUPED, head_dim=16),
+    "gemma 3, window of 5 in some layers": transformers.Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=5),
 }
 # Lengths of prompt, chosen and rejected: alike, far apart, answers of one token, a prompt of one, one longer than windows.
 SHAPES = [(6, 5, 5), (3, 1, 1), (1, 12, 1), (9, 1, 14), (25, 4, 7), (2, 9, 3)]
 FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 
-def pairs(shapes, seed=0):
-    rng = random.Random(seed)
-    draw = lambda n: [rng.randrange(3, 97) for _ in range(n)]  # noqa: E731
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return [dict(zip(names, map(draw, shape), strict=True)) for shape in shapes]
+def pairs(shapes):
+    rng, names = random.Random(0), ("prompt_ids", "chosen_ids", "rejected_ids")
+    return [{name: rng.choices(range(3, 64), k=n) for name, n in zip(names, shape, strict=True)} for shape in shapes]
 
 
-def inputs(rows):
+def inputs(shapes=SHAPES):
     """What `DPOTrainer` calls the model with."""
-    batch = DataCollatorForPreference(pad_token_id=0)(rows)
+    batch = DataCollatorForPreference(pad_token_id=0)(pairs(shapes))
     labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
     return dict(batch, labels=labels, fused_lm_head=True, use_cache=False)
 
 
-def build(config, dtype=torch.float32):
+def tokens_of(shapes):
+    """Distinct tokens of a batch that predict something."""
+    return sum(p + c + r - 1 for p, c, r in shapes)
+
+
+def build(name, dtype=torch.float32):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(MODELS[name]), dtype=dtype)
     add_fused_lm_head(model, outputs=FIELDS)
     return model
 
 
+@pytest.fixture
+def run_prompts_once():
+    return alone("run-prompts-once")["run_prompts_once"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_row_as_if_it_were_alone(name, dtype):
+@torch.no_grad()
+def test_every_row_as_if_it_were_alone(name, dtype, run_prompts_once):
     """Log-probabilities of a batch that shares prompts, against each sequence by itself through the stock model."""
-    model, rows = build(MODELS[name], dtype), pairs(SHAPES)
-    with torch.no_grad():
-        alone = []
-        for answer in ("chosen_ids", "rejected_ids"):
-            for row in rows:
-                ids = torch.tensor([row["prompt_ids"] + row[answer]])
-                logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-                alone.append(logps[len(row["prompt_ids"]) - 1 :])
-        stock = model(**inputs(rows))
-        functions()["run_prompts_once"](model)
-        seen = []
-        model.get_input_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0].numel()))
-        shared = model(**inputs(rows))
-    assert seen == [sum(p + c + r - 1 for p, c, r in SHAPES)]  # each distinct token once and nothing else
-    for i, expected in enumerate(alone):
-        found = shared.log_probs[i][shared.log_probs[i] != 0]
-        assert found.shape == expected.shape and torch.allclose(found.double(), expected.double(), atol=1e-5, rtol=0)
+    model, expected = build(name, dtype), []
+    for answer in ("chosen_ids", "rejected_ids"):
+        for row in pairs(SHAPES):
+            ids = torch.tensor([row["prompt_ids"] + row[answer]])
+            logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            expected.append(logps[len(row["prompt_ids"]) - 1 :])
+    stock, seen = model(**inputs()), []
+    run_prompts_once(model)
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0].numel()))
+    shared = model(**inputs())
+    assert seen == [tokens_of(SHAPES)]  # each distinct token once and nothing else
+    for found, logps in zip(shared.log_probs, expected, strict=True):
+        assert torch.allclose(found[found != 0].double(), logps.double(), atol=1e-5, rtol=0)
     for field in FIELDS:
-        assert shared[field].shape == stock[field].shape
         assert torch.allclose(shared[field].double(), stock[field].double(), atol=1e-5), field
     assert torch.equal(shared.label_mask, stock.label_mask)
 
 
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)], ids=["before Ampere", "Ampere"])
 @pytest.mark.parametrize("name", ["mistral", "mistral, window of 7"])
-def test_before_ampere(name, monkeypatch):
-    """There the mask is written out, for the sake of PyTorch's choice of kernels; the result is the same."""
-    batch = inputs(pairs(SHAPES))
-    stock = build(MODELS[name])(**batch).log_probs
-    model = build(MODELS[name])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    nb = functions()
-    masks, plain = [], nb["sdpa_attention_forward"]
-
-    def spy(module, query, key, value, mask, **options):
-        masks.append(mask)
-        return plain(module, query, key, value, mask, **options)
-
-    nb["sdpa_attention_forward"] = spy
-    nb["run_prompts_once"](model)
-    monkeypatch.undo()
-    assert torch.allclose(model(**batch).log_probs, stock, atol=1e-5)
-    assert len(masks) == 4 and all(mask.dtype == torch.bool for mask in masks)
+def test_attention(name, capability, monkeypatch):
+    """Before Ampere it has as many keys as queries, for the sake of PyTorch's choice of kernels; it spares padding."""
+    stock, model, calls, asked = build(name)(**inputs()).log_probs, build(name), [], []
+    copied = alone("run-prompts-once")
+    plain = copied["sdpa_attention_forward"]
+    copied["sdpa_attention_forward"] = lambda *args, **options: calls.append(args) or plain(*args, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        copied["run_prompts_once"](model, lambda tokens, cells: asked.append(cells) or 0)
+    assert torch.allclose(model(**inputs()).log_probs, stock, atol=1e-5)
+    assert {key.shape[1] for _, _, key, *_ in calls} == {4 if capability < (8, 0) else 2}
+    assert {mask is None for *_, mask in calls} == {name == "mistral"}
+    sizes = [(query.shape[0], query.shape[2]) for _, query, *_ in calls]
+    assert asked == [sum(rows * length for rows, length in sizes) / 4]  # in each of the layers
+    assert sum(rows * length**2 for rows, length in sizes) < 0.7 * 4 * stock.shape[0] * (stock.shape[1] + 1) ** 2
 
 
-def test_half_precision():
+def test_half_precision(run_prompts_once):
     """Under bf16 autocast the two ways differ by rounding only: no more than bf16 differs from float32."""
-    batch = inputs(pairs(SHAPES))
-    exact = build(MODELS["llama"])(**batch).log_probs
-    model = build(MODELS["llama"], torch.bfloat16)
+    exact, model = build("llama")(**inputs()).log_probs, build("llama", torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        plain = model(**batch).log_probs
-        functions()["run_prompts_once"](model)
-        shared = model(**batch).log_probs
+        plain = model(**inputs()).log_probs
+        run_prompts_once(model)
+        shared = model(**inputs()).log_probs
     assert (shared - plain).abs().max() <= (plain - exact).abs().max()
 
 
-def test_experts_with_a_balancing_loss_are_run_the_plain_way(models, pairs_file, tmp_path, capsys):
-    """TRL then asks for router logits, and weighs them by an attention mask of its own rows."""
-    from transformers import AutoTokenizer, MixtralConfig
-
-    tokenizer = AutoTokenizer.from_pretrained(models["qwen"])
-    shape = {**GROUPED, "vocab_size": len(tokenizer), "num_local_experts": 2}
-    AutoModelForCausalLM.from_config(MixtralConfig(**shape)).save_pretrained(tmp_path / "mixtral")
-    tokenizer.save_pretrained(tmp_path / "mixtral")
-    parameters = {**SMALL, "dataset_id": pairs_file, "output_dir": str(tmp_path / "run"), "load_in_4bit": False}
-    nb = run_cells("parameters", "load-model", {"sys": sys}, base_model=str(tmp_path / "mixtral"), **parameters)
-    run_cells("lora", "trainer", nb)
-    run_cells("run-prompts-once", "longest", nb)
-    assert "MixtralForCausalLM cannot do otherwise: the loss that balances its experts" in capsys.readouterr().out
-    nb["trainer"].train()
-    assert nb["trainer"].state.global_step == 4
+@torch.no_grad()
+def test_other_calls_go_the_usual_way(run_prompts_once):
+    model, batch = build("mistral, window of 7"), inputs()
+    padded_left = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    calls = [(batch["input_ids"], batch["attention_mask"]), (batch["input_ids"][:1, :6], padded_left)]
+    expected = [model(ids, attention_mask=mask).logits for ids, mask in calls]
+    run_prompts_once(model)
+    once = model(**batch).log_probs
+    run_prompts_once(model)  # as when the cell is run again
+    assert torch.equal(model(**batch).log_probs, once)
+    for (ids, mask), logits in zip(calls, expected, strict=True):
+        assert torch.equal(model(ids, attention_mask=mask).logits, logits)
 
 
-def test_it_can_be_undone_and_done_twice():
-    model, batch = build(MODELS["mistral, window of 7"]), inputs(pairs(SHAPES))
-    run_prompts_once = functions()["run_prompts_once"]
-    with torch.no_grad():
-        stock = model(**batch).log_probs
-        plain = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        undo = run_prompts_once(model)
-        once = model(**batch).log_probs
-        run_prompts_once(model)  # as when the cell is run again
-        assert torch.equal(model(**batch).log_probs, once)
-        # Every other call goes the usual way, padding on the left included.
-        assert torch.equal(model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits, plain)
-        ids, mask = batch["input_ids"][:1, :6], torch.tensor([[0, 0, 1, 1, 1, 1]])
-        padded = model(ids, attention_mask=mask).logits
-        undo()
-        assert model.config._attn_implementation == "sdpa"
-        assert torch.equal(model(ids, attention_mask=mask).logits, padded)
-        assert torch.equal(model(**batch).log_probs, stock)
-
-
-def test_prompts_that_differ_are_refused():
-    model, rows = build(MODELS["llama"]), pairs(SHAPES)
-    functions()["run_prompts_once"](model)
-    batch = inputs(rows)
+def test_prompts_that_differ_are_refused(run_prompts_once):
+    model, batch = build("llama"), inputs()
+    run_prompts_once(model)
     batch["input_ids"][0, 1] += 1
-    with pytest.raises(AssertionError, match="must begin with the same prompt"):
+    with pytest.raises(AssertionError, match="same prompt"):
         model(**batch)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
 @pytest.mark.parametrize("load_in_4bit", [False, True], ids=["16-bit", "4-bit"])
-def test_loss_metrics_and_gradient_with_and_without(prepare, capsys, load_in_4bit, checkpointing):
+def test_loss_metrics_and_gradient_with_and_without(prepare, load_in_4bit):
     found = []
     for share_prompt in (False, True):
         nb = prepare("chatml", load_in_4bit=load_in_4bit, share_prompt=share_prompt)
-        nb["training_args"].gradient_checkpointing = checkpointing
         trainer = nb["trainer"]
         perturb(trainer.model)
-        run_cells("run-prompts-once", "share-prompt", nb)
-        assert ("Prompts are run once" in capsys.readouterr().out) == share_prompt == nb["share_prompt"]
-        if checkpointing:
-            trainer.model.gradient_checkpointing_enable()
-        trainer.train_dataset = nb["tokenized"]
+        if share_prompt:
+            nb["share_prompts"](trainer)
+        trainer.train_dataset = nb["rows"]
         grads = gradient(trainer)
         metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
-        found.append((grads, metrics, trainer.evaluate()))
-    (grads, metrics, evaluation), (shared_grads, shared_metrics, shared_evaluation) = found
+        evaluation = trainer.evaluate()
+        found.append((grads, metrics, {name: evaluation[f"eval_{name}"] for name in ("loss", *metrics)}))
+    (grads, *metrics), (shared_grads, *shared_metrics) = found
     for name, value in grads.items():
         assert torch.allclose(value, shared_grads[name], rtol=0, atol=1e-5 * max(value.abs().max().item(), 1e-3)), name
-    assert metrics == pytest.approx(shared_metrics, rel=1e-5, abs=1e-6)
-    for name in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies", "eval_entropy", "eval_logps/chosen"):
-        assert evaluation[name] == pytest.approx(shared_evaluation[name], rel=1e-5, abs=1e-6)
+    for plain, shared in zip(metrics, shared_metrics, strict=True):
+        assert plain == pytest.approx(shared, rel=1e-5, abs=1e-6)
 
 
 # TRL weights its other metrics by the tokens of each batch, so they depend on which pairs share one.
@@ -209,298 +167,299 @@ METRICS = ("loss", "grad_norm", "rewards/margins", "rewards/chosen", "rewards/re
 
 
 def curves(trainer):
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return {metric: [entry[metric] for entry in history] for metric in METRICS}
+    trainer.train()
+    return {name: [entry[name] for entry in trainer.state.log_history if "loss" in entry] for name in METRICS}
 
 
-def test_twenty_steps_as_stock_trl(prepare):
-    """The same pairs in the same steps: stock TRL in random order inside each step, and ours with and without sharing."""
-    settings = dict(load_in_4bit=False, max_steps=20, pairs_per_step=8, learning_rate=1e-2)
-    runs = []
-    for share_prompt in (True, False):
-        nb = prepare(share_prompt=share_prompt, **settings)
-        run_cells("run-prompts-once", "longest", nb)
-        assert nb["share_prompt"] == share_prompt
-        nb["trainer"].train()
-        runs.append(curves(nb["trainer"]))
-
-    nb = prepare(**settings)
-    run_cell("order", nb)
-    ours = nb["training_args"]
-    arguments = DPOConfig(
-        output_dir=ours.output_dir,
-        max_steps=20,
-        warmup_steps=1,
-        learning_rate=ours.learning_rate,
-        lr_scheduler_type="cosine",
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        train_sampling_strategy="sequential",
-        logging_steps=1,
-        save_strategy="no",
-        bf16=False,
-        use_cpu=True,
-        max_length=512,
-        report_to="none",
-        seed=42,
-    )
-    assert arguments.gradient_checkpointing  # TRL's default
-    run_cells("load-model", "check-4bit", nb)
-    nb["set_seed"](42)
-    stock = DPOTrainer(
-        model=nb["model"],
-        args=arguments,
-        train_dataset=nb["train_dataset"],
+def stock_curves(nb, order):
+    """Those of TRL's own trainer with its own tokenization, on these rows of a run and with the run's settings."""
+    decode, names = nb["tokenizer"].decode, ("prompt", "chosen", "rejected")
+    data = [{name: decode(nb["rows"][i][f"{name}_ids"]) for name in names} for i in order]
+    same = "output_dir max_steps warmup_steps learning_rate lr_scheduler_type loss_type label_smoothing beta seed"
+    arguments = {name: getattr(nb["training_args"], name) for name in same.split()}
+    arguments |= dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, logging_steps=1, bf16=False)
+    arguments |= dict(train_sampling_strategy="sequential", save_strategy="no", use_cpu=True, report_to="none")
+    trainer = DPOTrainer(
+        model=nb["load_4bit"](nb["base_model"], nb["dtype"], False),
+        args=DPOConfig(**arguments),
+        train_dataset=nb["Dataset"].from_list(data),
         processing_class=nb["tokenizer"],
         peft_config=LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
-    order = nb["training_order"](nb["row_lengths"], 8, 20, 42)
-    rng = random.Random(3)
-    stock.train_dataset = stock.train_dataset.select(
-        [i for step in range(0, 160, 8) for i in rng.sample(order[step : step + 8], 8)]
-    )
-    stock.train()
-    expected = curves(stock)
-    assert len(expected["loss"]) == 20 and expected["loss"][-1] < 0.8 * expected["loss"][0]  # it has learnt
+    return curves(trainer)
+
+
+def assert_same_curves(found, expected):
+    for name in METRICS:  # a margin is the small difference of large sums: relative to the largest of the run
+        assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4 * max(map(abs, expected[name]))), name
+
+
+LOSSES = dict.fromkeys(["ipo", "sigmoid_norm", "apo_zero", "robust", "sigmoid+sft"], 3) | {"sigmoid": 20}
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_losses_as_stock_trl(prepare, tmp_path, loss_type):
+    """The same pairs in the same steps: stock TRL, for the sigmoid in random order inside each step, and ours."""
+    runs, steps, rng = [], LOSSES[loss_type], random.Random(3)
+    for share_prompt in (True, False)[: 1 + (steps == 20)]:
+        settings = dict(loss_type=loss_type, beta=0.3, learning_rate=1e-2, max_steps=steps, eval_pairs=2)
+        output = str(tmp_path / f"{share_prompt}")
+        nb = prepare(load_in_4bit=False, share_prompt=share_prompt, output_dir=output, **settings)
+        if share_prompt:
+            nb["share_prompts"](nb["trainer"])
+        runs.append(curves(nb["trainer"]))
+    parts = [nb["order"][step : step + 8] for step in range(0, 8 * steps, 8)]
+    expected = stock_curves(nb, [i for part in parts for i in (rng.sample(part, 8) if steps == 20 else part)])
     for found in runs:
-        for metric in METRICS:
-            # A margin is the small difference of large sums: relative to the largest of the run.
-            scale = max(map(abs, expected[metric]))
-            assert found[metric] == pytest.approx(expected[metric], rel=1e-4, abs=1e-4 * scale), metric
+        assert_same_curves(found, expected)
+    assert nb["training_args"].loss_type == loss_type.split("+") and nb["training_args"].beta == 0.3
+    assert loss_type != "robust" or nb["training_args"].label_smoothing > 0  # else it is the same as sigmoid
+    assert steps == 3 or expected["loss"][-1] < 0.8 * expected["loss"][0]  # it has learnt
 
 
-def test_a_model_that_cannot_is_run_the_plain_way(prepare, tmp_path, models, capsys):
-    """Bloom biases its attention by where a token stands in its row, and does not call transformers' interface for it."""
-    from transformers import AutoTokenizer
-
+@pytest.mark.parametrize("kind", ["bloom", "experts"])
+def test_a_base_that_cannot(prepare, models, tmp_path, kind):
+    """Bloom's attention looks at where a token stands in its row; the loss that balances experts wants TRL's own rows."""
     tokenizer = AutoTokenizer.from_pretrained(models["qwen"])
-    config = BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=2)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bloom")
-    tokenizer.save_pretrained(tmp_path / "bloom")
-    models = {**models, "bloom": str(tmp_path / "bloom")}
-    nb = {"sys": sys}
-    parameters = {**SMALL, "output_dir": str(tmp_path / "run"), "base_model": models["bloom"], "load_in_4bit": False}
-    (tmp_path / "pairs.jsonl").write_text(
-        "".join(json.dumps(dict(question=f"Is {i}?", chosen="Yes.", rejected="No, " * i)) + "\n" for i in range(40))
-    )
-    run_cells("parameters", "check-4bit", nb, dataset_id=str(tmp_path / "pairs.jsonl"), **parameters)
-    run_cells("lora", "check-trainer", nb)
-    forward = nb["trainer"].model.get_base_model().forward
-    run_cells("run-prompts-once", "longest", nb)
-    twice = max(2 * (len(row["prompt_ids"]) + len(row["rejected_ids"])) for row in nb["tokenized"])
-    assert max(nb["row_lengths"]) == twice  # sorted by what is really run
-    assert "Prompts are run twice, since BloomForCausalLM cannot do otherwise: " in capsys.readouterr().out
-    assert nb["trainer"].model.get_base_model().forward == forward
-    nb["trainer"].train()
-    assert nb["trainer"].state.log_history[1]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    shape = dict(GROUPED, vocab_size=len(tokenizer), num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16)
+    config = transformers.Qwen2MoeConfig(**shape, shared_expert_intermediate_size=16)
+    if kind == "bloom":
+        config = transformers.BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    nb = prepare(str(tmp_path / "base"), load_in_4bit=False)
+    with pytest.raises(AssertionError, match="share_prompt") as error:
+        nb["share_prompts"](nb["trainer"])
+    assert error.value.__context__ is None
+    nb = prepare(str(tmp_path / "base"), load_in_4bit=False, share_prompt=False)
+    losses = curves(nb["trainer"])["loss"]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5 if kind == "bloom" else 0.01) and len(losses) == 4
 
 
-def test_a_result_that_moves_is_run_the_plain_way(prepare, monkeypatch, capsys):
-    """Attention that ignores where tokens belong, as a model with one of its own would have."""
-    nb = prepare()
-    plain = nb["sdpa_attention_forward"]
-    monkeypatch.setitem(nb, "sdpa_attention_forward", lambda *args, **kw: (plain(*args, **kw)[0] * 0.5, None))
-    run_cells("run-prompts-once", "share-prompt", nb)
-    assert "cannot do otherwise: it moves an answer's log-probability by" in capsys.readouterr().out
-    assert not nb["share_prompt"]
+def test_several_processes(prepare):
+    """What one of them cannot share none does; layers that are sharded are checkpointed all or none."""
+    nb, asked = prepare(), []
+    nb["gather_object"] = lambda found: [*found, 9.0]  # an answer of another process moved by that
+    with pytest.raises(AssertionError, match="share_prompt"):
+        nb["share_prompts"](nb["trainer"])
+    nb.update(sharded=True, gather_object=list, run_prompts_once=lambda model, needed: asked.append(needed))
+    nb["share_prompts"](nb["trainer"])
+    assert asked == [None]
 
 
-def test_a_plan_that_counted_on_sharing_is_not_trained(prepare, monkeypatch):
-    nb = prepare()
-    plain = nb["sdpa_attention_forward"]
-    monkeypatch.setitem(nb, "sdpa_attention_forward", lambda *args, **kw: (plain(*args, **kw)[0] * 0.5, None))
-    nb["plan"] = lambda *args: (1, True, 0)
-    with pytest.raises(AssertionError, match="set share_prompt to False and run all cells again"):
-        run_cells("run-prompts-once", "share-prompt", nb)
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_the_same_however_many_layers_are_checkpointed(name, run_prompts_once):
+    """To the last bit, over batches that differ in it, and with a forward of the reference in between."""
+    found, batches = [], [SHAPES[:2], SHAPES, SHAPES[3:5]]
+    for numbers in ([0, 0, 0], [4, 4, 4], [1, 3, 0]):
+        model, ran, asked, logps = build(name), Counter(), [], []
+        for i, layer in enumerate(model.model.layers):
+            layer.mlp.register_forward_pre_hook(lambda *_, i=i, ran=ran: ran.update([i]))
+        needed = dict(zip(map(tokens_of, batches), numbers, strict=True))
+        run_prompts_once(model, lambda tokens, _, asked=asked, needed=needed: asked.append(tokens) or needed[tokens])
+        model.train()
+        model.activation_checkpointing_enable()
+        for shapes in batches:
+            logps.append(model(**inputs(shapes)).log_probs)
+            with torch.no_grad():
+                model(**inputs(shapes))
+            logps[-1].square().sum().backward()
+        assert asked == [*needed]  # once a batch
+        assert [ran[i] for i in range(4)] == [6 + sum(i < number for number in numbers) for i in range(4)]
+        found.append([*logps, *(parameter.grad for parameter in model.parameters())])
+    for others in found[1:]:
+        assert all(map(torch.equal, found[0], others))
 
 
-def test_off_skips_the_cell(prepare, capsys):
-    nb = prepare(share_prompt=False)
-    forward = nb["trainer"].model.get_base_model().forward
-    capsys.readouterr()
-    run_cells("run-prompts-once", "share-prompt", nb)
-    assert capsys.readouterr().out == "" and nb["trainer"].model.get_base_model().forward == forward
+def rebuild(nb, **changes):
+    """The trainer once more, after changes to what its settings are made from."""
+    nb.update(changes)
+    run_cell("training-args", nb)
+    nb["trainer"] = nb["make_trainer"](nb["load_4bit"](nb["base_model"], nb["dtype"], nb["load_in_4bit"]))
+    return nb["trainer"]
 
 
-# The order of training.
+def train_in(nb, room, stop=None):
+    """Trains with so much room for a batch: what was logged, the adapter, and layers checkpointed, batch by batch."""
+    trainer, numbers, plain = rebuild(nb, budget=nb["fixed"] + room, again=1.0), [], nb["layers_to_checkpoint"]
+
+    def spy(config, tokens, cells, **options):
+        if len(numbers) == stop:
+            raise KeyboardInterrupt
+        numbers.append((tokens, cells, plain(config, tokens, cells, **options)))
+        return numbers[-1][-1]
+
+    nb["layers_to_checkpoint"] = spy
+    nb["share_prompts"](trainer)
+    with suppress(KeyboardInterrupt):
+        trainer.train(resume_from_checkpoint=nb["checkpoint"] and str(nb["checkpoint"]))
+    assert stop or all(nb["step_memory"](nb["config"], *number, **nb["kind"]) <= room for number in numbers)
+    history = [[entry.get(name) for name in (*METRICS, "eval_loss")] for entry in trainer.state.log_history]
+    return history, [parameter for parameter in trainer.model.parameters() if parameter.requires_grad], numbers
+
+
+def test_training_is_the_same_however_many_layers_are_checkpointed(prepare, tmp_path):
+    """Losses, margins, evaluations and adapter to the last bit; also where another machine goes on with more room."""
+    found = []
+    for folder, room, stop in (("none", 1e12, None), ("some", None, None), ("cut", 0, 5), ("cut", None, None)):
+        nb = prepare("chatml", output_dir=str(tmp_path / folder))
+        needed = nb["step_memory"](nb["config"], *nb["batches"][:2], 1, **nb["kind"])  # with one of two layers
+        found.append(train_in(nb, np.median(needed) if room is None else room, stop))
+    (history, adapter, none), some, cut, resumed = found
+    assert [number for *_, number in none] == [0] * 8 and {number for *_, number in cut[2]} == {2}
+    assert len({number for *_, number in some[2]}) > 1
+    for planned, (tokens, cells, _) in zip(zip(*nb["batches"][:2], strict=True), some[2], strict=True):
+        assert planned[0] == tokens and cells <= 1.05 * planned[1]  # the plan's batches are those that run
+    assert 0 < len(resumed[2]) < 8
+    for others, other, _ in (some, resumed):
+        assert others == history and all(map(torch.equal, other, adapter))
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_order_of_training(seed):
-    rng, order = random.Random(seed), functions()["training_order"]
+    rng = random.Random(seed)
     count, size, steps = rng.randint(20, 60), rng.choice([1, 4, 7, 16]), rng.randint(5, 20)
-    lengths = [rng.randint(5, 500) for _ in range(count)]
-    found = order(lengths, size, steps, seed)
-    assert len(found) == size * steps
-    blocks = [found[i : i + size] for i in range(0, len(found), size)]
-    for block in blocks:
-        assert [lengths[i] for i in block] == sorted((lengths[i] for i in block), reverse=True)
-    # What is in a step does not depend on lengths, nor on how many steps follow.
-    other = order([1] * count, size, steps, seed)
-    assert [Counter(block) for block in blocks] == [Counter(other[i : i + size]) for i in range(0, len(other), size)]
-    assert order(lengths, size, steps + 9, seed)[: len(found)] == found
-    assert order(lengths, size, steps, seed + 1) != found or count == 1
-    # Every epoch is a shuffle of its own that holds every row once; a step may hold the end of one and the start of the next.
-    epochs = [other[i : i + count] for i in range(0, len(other) - count + 1, count)]
-    assert all(sorted(epoch) == list(range(count)) for epoch in epochs if size == 1)
-    seen = Counter(found)
-    assert max(seen.values()) - min(seen.get(i, 0) for i in range(count)) <= 1
-    if len(epochs) > 1:
-        assert epochs[0] != epochs[1]
+    once = np.array([rng.randint(5, 500) for _ in range(count)])
+
+    def order(**changes):
+        drawn = dict(random=random, seed=seed, max_steps=steps, pairs_per_step=size, train=list(range(count)))
+        return run_cell("order", {**drawn, "once": once, "longest": once[::-1], "share_prompt": True, **changes})[
+            "order"
+        ]
+
+    found, other = order(), order(share_prompt=False)
+    for start in range(0, size * steps, size):  # lengths say how a step goes, not what is in it
+        block = found[start : start + size]
+        assert [*once[block]] == sorted(once[block], reverse=True)
+        twice = once[::-1][other[start : start + size]]
+        assert [*twice] == sorted(twice, reverse=True) and Counter(block) == Counter(other[start : start + size])
+    assert order(max_steps=1) == found[:size] and order(max_steps=steps + 9)[: size * steps] == found
+    assert order(seed=seed + 1) != found
+    epochs = order(pairs_per_step=1, max_steps=2 * count)  # each a shuffle of its own that holds every row once
+    assert sorted(epochs[:count]) == sorted(epochs[count:]) == list(range(count)) and epochs[:count] != epochs[count:]
 
 
-def test_the_trainer_follows_the_order(prepare):
-    nb = prepare("qwen", max_steps=3)
-    run_cells("order", "order", nb)
-    run_cells("order", "order", nb)  # run again, it does the same
-    assert len(nb["trainer"].train_dataset) == 3 * 8
-    expected = nb["training_order"](nb["row_lengths"], 8, 3, 42)
-    batches = list(nb["trainer"].get_train_dataloader())
-    rows = [nb["tokenized"][i] for i in expected]
-    for number, batch in enumerate(batches):
-        for row, ids in zip(rows[4 * number :], batch["input_ids"][:4], strict=False):
-            whole = row["prompt_ids"] + row["chosen_ids"]
-            assert ids[: len(whole)].tolist() == whole
-    assert len(batches) == 6
+@pytest.mark.parametrize("share_prompt", [True, False], ids=["shared", "plain"])
+@pytest.mark.parametrize("much", [True, False], ids=["much memory", "little memory"])
+def test_what_is_trained_is_what_was_planned(prepare, much, share_prompt):
+    nb = prepare(share_prompt=share_prompt)
+    if not much:
+        least = nb["step_memory"](nb["config"], 2 * nb["longest"], 2 * nb["longest"], 2, **nb["kind"]).max()
+        nb["memory"] = 1.2 * (nb["fixed"] + least)
+        rebuild(run_cell("split-of-a-step", nb))
+    trainer, at_once, seen = nb["trainer"], nb["at_once"], []
+    args, parts = trainer.args, zip(*[map(nb["rows"].__getitem__, nb["order"])] * at_once, strict=True)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (at_once, 8 // at_once)
+    assert args.gradient_checkpointing == bool(nb["again"]) == (not much) and args.per_device_eval_batch_size == 1
+    for batch, part, tokens, cells in zip(trainer.get_train_dataloader(), parts, *nb["batches"][:2], strict=True):
+        assert torch.equal(batch["input_ids"], trainer.data_collator(part)["input_ids"])
+        once = sum(len(ids) for row in part for ids in row.values() if isinstance(ids, list)) - at_once
+        assert tokens == (once if share_prompt else batch["input_ids"].numel())
+        assert batch["attention_mask"].sum() <= cells <= batch["input_ids"].numel()
+    if share_prompt:
+        nb["share_prompts"](trainer)
+    embeddings = trainer.model.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda module, args: seen.append(args[0].numel()))
+    nb["try_longest"](trainer)
+    assert seen == [nb["batches"][0][nb["needs"].argmax()]]
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
-# The plan.
-
-GB = 10**9
-CARDS = {  # as in the table of the title cell: name -> (bytes of memory that torch reports, compute capability)
-    "T4, 16 GB": (15.8 * GB, (7, 5)),
-    "L4 or RTX 4090, 24 GB": (23.7 * GB, (8, 9)),
-    "A100, 40 GB": (42.3 * GB, (8, 0)),
-    "A100 or H100, 80 GB": (85.0 * GB, (9, 0)),
-    "H200, 141 GB": (150.0 * GB, (9, 0)),
-}
+SEVEN_B = MistralConfig(vocab_size=32002)
+SIZES = [1, 2, 4, 8, 16]
+LENGTHS = np.random.default_rng(0).integers(50, 1500, 320)  # of the longer sequence of pairs
 
 
-def planned(card, config=None, processes=1, sharded=False, **parameters):
-    """The plan's cells on a card, for the 7B base or another and pairs that fill max_length."""
-    nb = functions(**parameters)
-    memory, capability = card
-    nb.update(processes=types.SimpleNamespace(num_processes=processes), sharded=sharded)
-    nb.update(on_gpu=True, memory=memory, capability=capability, dtype=nb["precision"](capability))
-    nb["config"] = config or MistralConfig(vocab_size=32002)
-    with torch.device("meta"):
-        nb["skeleton"] = AutoModelForCausalLM.from_config(nb["config"])
-    nb["parameter_count"] = nb["skeleton"].num_parameters()
-    nb["sizes"] = [(2 * nb["max_length"] - 21, nb["max_length"])] * 100
-    return run_cells("memory", "plan", nb)
+@pytest.mark.parametrize("share, alike", [(True, False), (True, True), (False, False)])
+def test_the_plan_is_the_least_work_that_fits(share, alike):
+    nb, works, once = alone("memory"), [math.inf], LENGTHS * 3 // 2
+    for room in np.array([3, 4, 5, 6, 8, 10, 14, 16, 20, 30, 60, 200]) * 1e9:
+        size, *found = nb["plan"](SEVEN_B, once, LENGTHS, SIZES, room, share, alike)
+        plans = {}
+        for count in SIZES:  # by brute force, a batch and a number of layers after the other
+            parts = [slice(start, start + count) for start in range(0, 320, count)]
+            batches = [(2 * count * LENGTHS[part].max(),) * 2 for part in parts]
+            if share:
+                batches = [(once[part].sum(), count * LENGTHS[part].max() + LENGTHS[part].sum()) for part in parts]
+            fits = [nb["step_memory"](SEVEN_B, *batch, np.arange(33)) <= room for batch in batches]
+            layers = [int(some.argmax()) for some in fits]
+            if max(layers) > 0 and (alike or not share):
+                layers = [32] * len(layers)
+            if all(some.any() for some in fits):
+                work = sum((batch[0] + 130) * (3 + again / 32) for batch, again in zip(batches, layers, strict=True))
+                plans[count] = work, [(*batch, again) for batch, again in zip(batches, layers, strict=True)]
+        if plans:
+            works.append(plans[size][0])
+            assert works[-1] == min(work for work, _ in plans.values()) and works[-1] <= works[-2]
+            assert plans[size][1] == list(zip(*found, strict=True))
+        else:
+            assert size == 1  # so that what is said to be needed is the least
+    assert len(works) > 9
 
 
-def test_the_table_of_the_title_is_the_plan():
-    table = NOTEBOOK.cells[0].source
-    rows = re.findall(r"^\| (.*) \| (fp16|bf16) \| (\d+) × (\d+) \| (on|off) \| ([\d.]+) GB \|$", table, re.MULTILINE)
-    assert [row[0] for row in rows] == list(CARDS)
-    for name, precision, batch, accumulation, checkpointing, gigabytes in rows:
-        nb = planned(CARDS[name])
-        assert str(nb["dtype"]) == {"fp16": "torch.float16", "bf16": "torch.bfloat16"}[precision]
-        assert (nb["batch_size"], nb["accumulation"]) == (int(batch), int(accumulation))
-        assert nb["checkpointing"] == (checkpointing == "on") and f"{nb['predicted'] / GB:.1f}" == gigabytes
-    readme = (ROOT / "README.md").read_text()
-    assert all(
-        "| " + " | ".join([*row[:2], f"{row[2]} × {row[3]}", row[4], f"{row[5]} GB |"]) in readme for row in rows
-    )
+def split(**changes):
+    """The cell that splits a step, for the 7B base in 4 bits on a GPU, or for something else."""
+    linear = [types.SimpleNamespace(weight=torch.empty(6_979_321_856, device="meta"))]
+    base = dict(config=SEVEN_B, linear=linear, parameter_count=7_241_748_480, adapter_size=41_943_040)
+    machine = dict(on_gpu=True, memory=24e9, dtype=torch.bfloat16, sharded=False, processes=processes(1), torch=torch)
+    data = dict(once=LENGTHS * 3 // 2, longest=LENGTHS, order=list(range(320)), pairs_per_step=16, share_prompt=True)
+    data |= dict(load_in_4bit=True, trained=False)
+    return run_cell("split-of-a-step", {**alone("memory"), **base, **machine, **data, **changes})
 
 
-SHAPES_OF_TABLE = {
-    "7B": MistralConfig(vocab_size=32002),
-    "32B": Qwen2Config(
-        vocab_size=152064,
-        hidden_size=5120,
-        intermediate_size=27648,
-        num_hidden_layers=64,
-        num_attention_heads=40,
-        num_key_value_heads=8,
-    ),
-    "70B": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-    ),
-}
+def processes(count):
+    return types.SimpleNamespace(num_processes=count)
 
 
-def test_the_table_of_more_gpus_is_the_plan():
-    readme = (ROOT / "README.md").read_text()
-    rows = re.findall(
-        r"^\| (\d+B) \| (\d) × (\d+) GB.* \| (plain|FSDP) \| (\d+) × (\d+) × (\d) \| (on|off) \| ([\d.]+) GB \|$",
-        readme,
-        re.M,
-    )
-    assert len(rows) == 6
-    cards = {"16": "T4, 16 GB", "24": "L4 or RTX 4090, 24 GB", "80": "A100 or H100, 80 GB"}
-    for model, gpus, memory, engine, batch, accumulation, processes, checkpointing, gigabytes in rows:
-        card = CARDS[cards[memory]] if memory in cards else (47.7 * GB, (8, 9))
-        nb = planned(card, SHAPES_OF_TABLE[model], int(gpus), engine == "FSDP")
-        assert (nb["batch_size"], nb["accumulation"], gpus) == (int(batch), int(accumulation), processes)
-        assert nb["checkpointing"] == (checkpointing == "on") and f"{nb['predicted'] / GB:.1f}" == gigabytes
+def test_the_split_of_a_step():
+    for memory in (12e9, 16e9, 24e9, 40e9, 80e9):
+        nb = split(memory=memory)
+        assert max(nb["needs"]) < nb["budget"] == 0.85 * memory
+    half, step_memory = split(dtype=torch.float16), nb["step_memory"]
+    assert step_memory(SEVEN_B, 1, 1, **half["kind"]) > step_memory(SEVEN_B, 1, 1, **nb["kind"])  # see test_attention
+    assert split(processes=processes(4))["each"] == 4
+    assert split(processes=processes(4), sharded=True)["fixed"] == pytest.approx((nb["fixed"] - 1.5e9) / 4 + 1.5e9)
+    assert set(split(memory=12e9, sharded=True)["batches"][-1]) == {32}
+    cpu = dict(on_gpu=False, memory=None)
+    assert split(**cpu, free_memory=lambda: 400e9)["at_once"] == 4
+    assert split(**cpu, free_memory=lambda: 10e9)["again"] > 0
+    with pytest.raises(AssertionError, match="divisible by 3"):
+        split(processes=processes(3))
+    with pytest.raises(AssertionError, match="max_length"):
+        split(memory=8e9)
+    assert split(memory=8e9, trained=True)  # nothing is left to train
 
 
-def test_fsdp_gets_an_optimizer_for_split_tensors():
-    """bitsandbytes' have no rule for them: the first step would fail, on a GPU only."""
-    for sharded, name in ((False, "paged_adamw_32bit"), (True, "adamw_torch")):
-        nb = functions()
-        nb.update(on_gpu=True, sharded=sharded, trained=True)
-        run_cell("training-config", nb)
-        assert nb["optimizer"] == name
+def test_memory_that_runs_out_is_one_sentence(prepare):
+    def run_out(trainer):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
 
-
-def test_processes_plan_with_the_least_that_one_has(monkeypatch):
-    nb = functions()
-    fake_cuda(monkeypatch, ["A"], capability=(9, 0), memory=80e9)
-    nb["gather_object"] = lambda found: [*found, (16e9, (7, 5))]
-    run_cell("machine", nb)
-    assert nb["memory"] == 16e9 and nb["dtype"] == torch.float16
-
-
-def test_what_one_process_cannot_share_none_does(prepare, capsys):
     nb = prepare()
-    nb["gather_object"] = lambda found: [*found, math.inf]
-    run_cells("run-prompts-once", "share-prompt", nb)
-    assert nb["share_prompt"] is False and "Prompts are run twice" in capsys.readouterr().out
+    nb.update(memory=22e9, try_longest=run_out)
+    with pytest.raises(MemoryError, match="gpu_memory to 20.0") as error:
+        run_cell("train", nb)
+    assert error.value.__suppress_context__
 
 
-def test_fsdp_wants_the_weights_on_each_gpu_first():
-    with pytest.raises(AssertionError, match="takes all of the weights at first, 39.5 GB, and has 23.7 GB: choose"):
-        planned(CARDS["L4 or RTX 4090, 24 GB"], SHAPES_OF_TABLE["70B"], 8, True)
+@pytest.mark.parametrize("load_in_4bit", [False, True], ids=["16-bit", "4-bit"])
+def test_the_arithmetic_of_the_weights(prepare, load_in_4bit):
+    nb = prepare("chatml", load_in_4bit=load_in_4bit)
+    weights = nb["model"].get_memory_footprint() - 4 * nb["adapter_size"]
+    assert nb["fixed"] - 16 * nb["adapter_size"] == pytest.approx(weights, rel=0.05 if load_in_4bit else 1e-3)
 
 
-def test_the_arithmetic_of_the_weights_is_what_they_take():
-    """The 7B shape, in 16 bits from its shapes alone, and the 4-bit size of a small one from its real layers."""
-    nb = planned(CARDS["A100, 40 GB"], load_in_4bit=False)
-    assert nb["weight_size"] == 2 * nb["parameter_count"] == 2 * 7_241_748_480
-
-
-def test_the_arithmetic_of_4_bit_weights(prepare):
-    nb = prepare("chatml")
-    saved = nb["weight_size"]
-    in_16_bits = nb["model"].get_memory_footprint()
-    unquantised = sum(p.numel() * (p.element_size() - 2) for p in nb["model"].parameters() if p.dtype == torch.float32)
-    adapters = sum(p.numel() * 2 for p in nb["trainable"])
-    assert saved == pytest.approx(in_16_bits - unquantised - adapters, rel=0.05)
-
-
-@pytest.mark.parametrize("share_prompt", [False, True], ids=["plain", "shared"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
-@pytest.mark.parametrize("name", ["mistral", "mistral in 4 bits", "llama", "qwen 2", "qwen 3"])
-def test_the_arithmetic_of_activations(name, checkpointing, share_prompt, tmp_path, monkeypatch):
+@pytest.mark.parametrize("checkpointed", [0, 2, 6])
+@pytest.mark.parametrize("name", ["mistral", "mistral in 4 bits", "qwen 3"])
+def test_the_arithmetic_of_activations(name, checkpointed, tmp_path, monkeypatch, run_prompts_once):
     """Against every byte that autograd keeps in a bf16 forward pass with a float32 adapter."""
     width = dict(hidden_size=256, intermediate_size=896, num_hidden_layers=6, num_attention_heads=8, head_dim=32)
     in_4bit = name.endswith("in 4 bits")
     config = type(MODELS[name.removesuffix(" in 4 bits")])(vocab_size=64, num_key_value_heads=2, **width)
-    nb = functions()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     if in_4bit:
         model.save_pretrained(tmp_path)
-        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
-        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=nf4)
+        model = alone("load-model")["load_4bit"](tmp_path)
         # PEFT asks whether autocast is on for CUDA, as it is in a run on a GPU. It alone is told so, and not autocast.
         on_a_gpu = types.SimpleNamespace(**{**vars(torch), "is_autocast_enabled": lambda: True})
         monkeypatch.setattr("peft.tuners.lora.bnb.torch", on_a_gpu)
@@ -508,123 +467,22 @@ def test_the_arithmetic_of_activations(name, checkpointing, share_prompt, tmp_pa
     for parameter in model.parameters():
         parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     add_fused_lm_head(model.get_base_model(), outputs=FIELDS)
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-    if share_prompt:
-        nb["run_prompts_once"](model.get_base_model())
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    kept = {}
+    model.train()
+    model.activation_checkpointing_enable()
+    model.enable_input_require_grads()
+    asked = []
+    run_prompts_once(model.get_base_model(), lambda *size: asked.append(size) or checkpointed)
+    own, kept = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}, {}
 
     def keep(x):
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage()  # held, or its place would be taken by another
         return x
 
     shapes = [(60, 200, 300), (150, 120, 90), (90, 250, 250)]
-    rows = [{name: [i % 60 for i in ids] for name, ids in row.items()} for row in pairs(shapes)]
-    model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
-        model(**inputs(rows))
+        model(**inputs(shapes))
     measured = sum(storage.nbytes() for place, storage in kept.items() if place not in own)
-    cells = 2 * 3 * max(p + max(c, r) for p, c, r in shapes)
-    tokens = sum(p + c + r - 1 for p, c, r in shapes) if share_prompt else cells
-    # The rest of step_memory is for the backward pass: gradients, and with checkpointing one layer computed again.
-    needed = functools.partial(nb["step_memory"], config, in_4bit, tokens, cells)
-    one_layer = (needed(False) - tokens * 12 * 256) / 7
-    expected = needed(checkpointing) - (2 if checkpointing else 1) * one_layer
-    if checkpointing:  # of the ends, the gradient is made later
-        assert 0.6 < measured / expected <= 1
-    else:
-        assert 0.9 < measured / expected < 1.15
-
-
-@pytest.mark.parametrize("pairs_per_step", [1, 2, 3, 6, 7, 16, 30])
-@pytest.mark.parametrize("memory", [None, 12 * GB, 24 * GB, 40 * GB, 140 * GB])
-def test_the_plan_fits_and_nothing_larger_would(memory, pairs_per_step):
-    nb, config = functions(), MistralConfig(vocab_size=32002)
-    sizes = [(random.Random(i).randint(100, 2900), 1500) for i in range(200)]
-    needed = functools.partial(nb["step_memory"], config, True)
-    batch, checkpointing, predicted = nb["plan"](memory, 6 * GB, needed, sizes, pairs_per_step, True)
-    assert pairs_per_step % batch == 0
-    if memory is None:
-        assert batch <= 4 and not checkpointing and predicted is None
-        return
-    longest = sorted((tokens for tokens, _ in sizes), reverse=True)
-    need = lambda b, c: 6 * GB + needed(sum(longest[:b]), 2 * b * 1500, c)  # noqa: E731
-    assert predicted == need(batch, checkpointing) <= memory
-    larger = [b for b in range(batch + 1, pairs_per_step + 1) if pairs_per_step % b == 0]
-    assert all(need(b, checkpointing) > memory for b in larger)
-    assert not checkpointing or need(1, False) > memory
-
-
-def test_a_plan_that_cannot_be_says_what_would_fit():
-    with pytest.raises(
-        ValueError, match="The longest pair needs .* GB may be used: lower max_length to (\\d+)"
-    ) as error:
-        planned((7.9 * GB, (7, 5)))
-    length = int(re.search(r"max_length to (\d+)", str(error.value))[1])
-    assert 100 < length < 1536
-    assert planned((7.9 * GB, (7, 5)), max_length=length)["batch_size"] == 1
-    with pytest.raises(ValueError, match="choose load_in_4bit, a smaller base_model or a larger GPU"):
-        planned((6 * GB, (7, 5)))
-
-
-@pytest.mark.parametrize("cell", ["longest", "train"])
-def test_memory_that_runs_out_is_one_sentence(prepare, monkeypatch, cell):
-    nb = prepare()
-    run_cells("run-prompts-once", "longest", nb)
-
-    def run_out(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    monkeypatch.setattr(nb["trainer"].model.get_base_model(), "forward", run_out)
-    nb["predicted"] = 20e9
-    with pytest.raises(MemoryError, match="set gpu_memory to 23.5, restart the runtime and run all cells") as e:
-        run_cell(cell, nb)
-    assert e.value.__suppress_context__  # no trace of the library's own error above it
-
-
-def test_benchmark_runs(tmp_path):
-    """The whole of benchmarks/speed.py on the mix that takes seconds."""
-    command = [sys.executable, ROOT / "benchmarks" / "speed.py", "--mixes", "all short", "--steps", "2"]
-    command += ["--variants", "recipe", "stock", "notebook", "--output", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "speed-cpu.json").read_text())
-    stock, ours = (found["results"]["all short"][name][0] for name in ("stock", "notebook"))
-    assert ours["tokens_per_real_token"] < 0.8 < 1 < stock["tokens_per_real_token"]
-    assert ours["losses"] == pytest.approx(stock["losses"], rel=1e-4)
-    assert (
-        "notebook / recipe" in done.stdout
-        and "notebook / stock" in done.stdout
-        and Path(tmp_path, "speed-cpu.png").stat().st_size > 5000
-    )
-
-
-@pytest.mark.parametrize("name", CARDS)
-def test_the_remedy_leads_to_a_smaller_plan(name):
-    """Each time memory runs out the advice is followed, until the smallest plan is left."""
-    nb, plans = planned(CARDS[name]), []
-    while (nb["batch_size"], nb["checkpointing"]) != (1, True):
-        plans.append((nb["predicted"], nb["batch_size"], nb["checkpointing"]))
-        remedy = functions(**{k: nb[k] for k in ("batch_size", "checkpointing", "predicted")})["remedy"]()
-        nb = planned((1e9 * float(re.search(r"gpu_memory to ([\d.]+),", remedy)[1]), CARDS[name][1]))
-        assert nb["predicted"] < plans[-1][0]
-    remedy = functions(**{k: nb[k] for k in ("batch_size", "checkpointing", "predicted")})["remedy"]()
-    assert "set max_length to 1228 and output_dir to a new folder, restart" in remedy
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_arguments_follow_the_plan(prepare, checkpointing):
-    nb = prepare()
-    nb.update(checkpointing=checkpointing, batch_size=2, accumulation=4)
-    run_cell("training-config", nb)
-    found = nb["training_args"]
-    assert found.gradient_checkpointing == checkpointing and found.gradient_accumulation_steps == 4
-    assert found.per_device_train_batch_size == found.per_device_eval_batch_size == 2
-
-
-def test_the_arithmetic_knows_a_width_without_a_name():
-    bloom = BloomConfig(hidden_size=64, n_layer=2, n_head=4)
-    alike = MistralConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
-    step_memory = functions()["step_memory"]
-    assert step_memory(bloom, True, 100, 120, False) == step_memory(alike, True, 100, 120, False)
+    numbers, step_memory = (checkpointed, 0, 1), alone("memory")["step_memory"]
+    needed, none, one = (step_memory(config, *asked[0], number, in_4bit) for number in numbers)
+    needed -= none - one + 2 * tokens_of(shapes) * 256  # a layer more in the backward pass
+    assert (0.95 if checkpointed < 6 else 0.7) < measured / needed < 1.1

@@ -7,67 +7,44 @@ import mistral_common
 import pytest
 import sentencepiece
 import standins
-from notebook import functions
+from notebook import run_cell
+from test_chat import pair, read
+from test_pairs import on_the_hub
 from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import generate_merges
+
+from rehearsal.hub import Handler, Hub
 
 MISTRAL = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+JUDGE = sentencepiece.SentencePieceProcessor(model_file=str(MISTRAL))
 # Made by transformers 4.57 from OpenHermes' files, slow and fast alike: how that model was trained. The first id is bos.
 CHAT = "<|im_start|>system\nHi  you<|im_end|>\n<|im_start|>user\n def f():\n    x<|im_end|>\n<|im_start|>assistant\n"
-TURNS = [{"role": "system", "content": "Hi  you"}, {"role": "user", "content": " def f():\n    x"}]
 TRUE_IDS = [int(i) for i in (
     "1 32001 1587 13 23809 28705 368 32000 28705 13 32001 2188 13 801 285 5888 13 2287 1318 32000 28705 13 32001 13892 13"
 ).split()]  # fmt: skip
-TEXTS = [
-    "Hello",
-    "two  spaces   three    four     five",
-    "\tif x:\n        return 1\n\n\n",
-    "naïve café",
-    "日本語 😀👍🏽",
-    " ",
-]
+TEXTS = ["Hello", "two  spaces   three    four", "\tif x:\n        return 1\n\n\n", "naïve café", "日本語 😀👍🏽", " "]
 
 
-@pytest.fixture(scope="module")
-def nb():
-    return functions()
-
-
-def repository(folder):
+def repository(folder, config=MistralConfig, **settings):
     """OpenHermes' tokenizer files: Mistral's tokenizer.model with the two ChatML tokens, no tokenizer.json."""
-    standins.write_sentencepiece_repository(
-        folder,
-        MISTRAL,
-        added=["<|im_end|>", "<|im_start|>"],
-        eos_token="<|im_end|>",
-        pad_token="</s>",
-        chat_template=standins.CHATML,
-    )
-    MistralConfig(vocab_size=32002, **standins.SIZE).save_pretrained(folder)
+    settings = dict(eos_token="<|im_end|>", pad_token="</s>", chat_template=standins.CHATML, **settings)
+    standins.write_sentencepiece_repository(folder, MISTRAL, added=["<|im_end|>", "<|im_start|>"], **settings)
+    config(vocab_size=32002, **standins.SIZE).save_pretrained(folder)
     return folder
 
 
 def with_tokenizer_json(folder):
     """The same with the tokenizer.json that transformers 4 wrote: merges by score, prefix space before every stretch."""
     repository(folder)
-    proto = functions()["import_protobuf"]().ModelProto.FromString(MISTRAL.read_bytes())
-    scores = [(piece.piece, piece.score) for piece in proto.pieces]
+    scores = [(JUDGE.id_to_piece(i), JUDGE.get_score(i)) for i in range(len(JUDGE))]
     vocabulary = {piece: i for i, (piece, _) in enumerate(scores)}
-    parts = [
-        (vocabulary[left], vocabulary[right], score, left, right)
-        for piece, score in scores
-        for left, right in ((piece[:i], piece[i:]) for i in range(1, len(piece)))
-        if left in vocabulary and right in vocabulary
-    ]
-    parts.sort(key=lambda part: (-part[2], -len(part[3]), -len(part[4])))
-    core = Tokenizer(
-        BPE(vocabulary, [part[3:] for part in parts], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
+    merges = generate_merges(vocabulary, scores)
+    core = Tokenizer(BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    core.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    core.decoder = decoders.Sequence(steps)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings = {name: settings[name] for name in ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, add_bos_token=True, **settings)
@@ -76,80 +53,76 @@ def with_tokenizer_json(folder):
     return folder
 
 
-def llama_repository(folder):
-    """The first again, under a Llama's config.json, for which transformers chooses another tokenizer class."""
-    repository(folder)
-    LlamaConfig(vocab_size=32002, **standins.SIZE).save_pretrained(folder)
+def of_llama(folder):
+    """The first under a Llama's config.json, for which transformers takes a class that errs."""
+    repository(folder, LlamaConfig)
+    assert AutoTokenizer.from_pretrained(folder)(CHAT).input_ids != TRUE_IDS  # else there is nothing to mend any more
     return folder
 
 
-@pytest.fixture(
-    params=[repository, with_tokenizer_json, llama_repository],
-    ids=["tokenizer.model alone", "tokenizer.json too", "tokenizer.model alone, Llama"],
-)
-def folder(request, tmp_path):
-    return request.param(tmp_path / "base")
+def load(base_model, revision=None):
+    return run_cell("tokenizer", dict(base_model=str(base_model), base_revision=revision, Path=Path))
 
 
-def test_true_ids(nb, folder, tmp_path):
-    tokenizer = nb["load_tokenizer"](str(folder), None)
-    saved = tmp_path / "merged"
-    tokenizer.save_pretrained(saved)
-    MistralConfig(vocab_size=32002, **standins.SIZE).save_pretrained(saved)
-    judge = sentencepiece.SentencePieceProcessor(model_file=str(MISTRAL))
-    for version in (tokenizer, AutoTokenizer.from_pretrained(saved)):
-        assert version(CHAT).input_ids == TRUE_IDS
-        for text in TEXTS:
-            assert version.encode(text, add_special_tokens=False) == judge.encode(text), text
-            assert version.decode(version.encode(text, add_special_tokens=False)) == text
-        assert (version.bos_token_id, version.eos_token_id, version.pad_token_id) == (1, 32000, 2)
+@pytest.mark.parametrize("make", [repository, with_tokenizer_json, of_llama])
+def test_true_ids(make, tmp_path):
+    """When loaded, in the rows that are trained on, and when saved and loaded again as the merged model is."""
+    question = {**pair(" def f():\n    x", system="Hi  you"), "chosen": "Yes.", "rejected": "No."}
+    nb = read(str(make(tmp_path / "base")), question)
+    (row,), tokenizer = nb["rows"], nb["tokenizer"]
+    assert list(row["prompt_ids"]) == TRUE_IDS
+    assert list(row["chosen_ids"]) == [*tokenizer.encode("x\nYes.", add_special_tokens=False)[2:], 32000]
+    tokenizer.save_pretrained(tmp_path / "merged")
+    MistralConfig(vocab_size=32002, **standins.SIZE).save_pretrained(tmp_path / "merged")
+    for found in (load(tmp_path / "base")["tokenizer"], tokenizer, AutoTokenizer.from_pretrained(tmp_path / "merged")):
+        assert found.encode(CHAT, add_special_tokens=False) == TRUE_IDS[1:]
+        assert [found.encode(text, add_special_tokens=False) for text in TEXTS] == JUDGE.encode(TEXTS)
+        assert [found.decode(ids) for ids in JUDGE.encode(TEXTS)] == TEXTS
+        assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (1, 32000, 2)
 
 
-def test_transformers_alone_is_not_faithful(tmp_path):
-    """Why the notebook looks twice. If this fails, the library has mended it, and `from_sentencepiece` can go.
-
-    transformers 5.24 has mended it for Mistral's configuration, not for Llama's.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(llama_repository(tmp_path))
-    assert tokenizer(CHAT).input_ids != TRUE_IDS
-
-
-def test_disagreement_stops(nb, tmp_path, monkeypatch):
-    monkeypatch.setitem(nb, "from_sentencepiece", lambda tokenizer, model_file: tokenizer)
-    with pytest.raises(AssertionError, match="disagree on"):
-        nb["load_tokenizer"](str(llama_repository(tmp_path)), None)
-
-
-def test_true_ids_in_training(nb, folder):
-    tokenizer = nb["load_tokenizer"](str(folder), None)
-    nb["base_model"] = str(folder)
-    pair = nb["format_pair"](tokenizer, {"turns": TURNS, "chosen": "Yes.", "rejected": "No."})
-    prompt, chosen, rejected = nb["tokenize_pair"](tokenizer, pair)
-    assert prompt == TRUE_IDS
-    assert chosen[:-1] == TRUE_IDS + tokenizer.encode("x\nYes.", add_special_tokens=False)[2:]
-    assert chosen[-1] == rejected[-1] == 32000
-
-
-def test_not_legacy(nb, tmp_path):
+@pytest.mark.parametrize("config", [MistralConfig, LlamaConfig])
+def test_not_legacy(config, tmp_path):
     """A repository that says `legacy: false` gets the prefix space at the start of the text only."""
-    folder = repository(tmp_path)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"legacy": False}))
-    ids = nb["load_tokenizer"](str(folder), None)("<|im_start|>user\nHi<|im_end|>\n").input_ids
+    ids = load(repository(tmp_path, config, legacy=False))["tokenizer"]("<|im_start|>user\nHi<|im_end|>\n").input_ids
     assert ids == [1, 32001, 1838, 13, 23809, 32000, 13]
 
 
-def test_a_sentencepiece_model_that_did_not_come_is_not_done_without(nb, tmp_path, monkeypatch):
-    """The repository lists one, the download fails: without its judge the tokenizer is not trusted."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
+def test_disagreement_stops(tmp_path):
+    other = standins.small_sentencepiece(tmp_path / "other").read_bytes()
+    (with_tokenizer_json(tmp_path / "base") / "tokenizer.model").write_bytes(other)
+    with pytest.raises(AssertionError, match="disagree"):
+        load(tmp_path / "base")
 
-    def missing(*arguments, **options):
-        raise LocalEntryNotFoundError("offline")
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()))
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *arguments, **options: tokenizer)
-    monkeypatch.setitem(nb, "hf_hub_download", missing)
-    nb["load_tokenizer"]("some/base", None)
-    monkeypatch.setitem(nb, "base_files", {"tokenizer.model": 1})
-    with pytest.raises(AssertionError, match="some/base/tokenizer.model did not come: run this cell again"):
-        nb["load_tokenizer"]("some/base", None)
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # before it tries again
+    with Hub(tmp_path / "hub") as hub:
+        on_the_hub(hub, monkeypatch)
+        yield hub
+
+
+def fail(monkeypatch, part):
+    """The Hub answers 503 to every request for a path that has `part` in it."""
+    for name in ("do_HEAD", "do_GET"):
+        plain = getattr(Handler, name)
+        monkeypatch.setattr(
+            Handler, name, lambda self, do=plain: self.send_error(503) if part in self.path else do(self)
+        )
+
+
+@pytest.mark.parametrize("make", [repository, with_tokenizer_json, of_llama])
+def test_a_sentencepiece_model_that_does_not_come_is_not_done_without(make, hub, tmp_path, monkeypatch):
+    hub.add("some/base", make(tmp_path / "base"))
+    fail(monkeypatch, "tokenizer.model")
+    with pytest.raises((AssertionError, OSError, ValueError)):
+        load("some/base")
+
+
+def test_no_sentencepiece_model(hub, models, monkeypatch):
+    """Once that is known, the Hub need not be there to say it again."""
+    commit, _ = hub.head(hub.add("some/base", models["qwen"]))
+    assert load("some/base", commit)["model_file"] is None
+    fail(monkeypatch, "")
+    assert load("some/base", commit)["model_file"] is None

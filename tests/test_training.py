@@ -1,4 +1,4 @@
-"""The loss that is trained, the checks around it, and whole runs of the notebook on tiny models of each family."""
+"""The loss that is trained, the checks around it, and whole runs of the notebook on tiny models of other families."""
 
 import json
 import math
@@ -15,12 +15,12 @@ from trainers import SMALL, gradient, gradients, perturb
 
 def test_loss_margins_and_gradient_are_the_papers(prepare, models):
     """Against Rafailov et al. (2023), equation 7, with the reference loaded as a model of its own."""
-    nb = prepare(load_in_4bit=False, beta=0.3, lora_alpha=8)  # neither is a default of the libraries
-    trainer, beta = nb["trainer"], 0.3
+    beta = 0.3  # neither it nor this alpha is a default of the libraries
+    nb = prepare(load_in_4bit=False, beta=beta, lora_alpha=8)
+    trainer = nb["trainer"]
     perturb(trainer.model)
     reference = nb["AutoModelForCausalLM"].from_pretrained(models["qwen"], dtype=torch.float32)
     rows = [trainer.train_dataset[i] for i in range(6)]
-
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(rows)))
     loss.backward()
@@ -32,29 +32,22 @@ def test_loss_margins_and_gradient_are_the_papers(prepare, models):
         steps = range(len(prompt), len(prompt) + len(answer))
         return sum(logits[t - 1].log_softmax(-1)[(prompt + answer)[t]] for t in steps)
 
-    losses, rewards_w, rewards_l = [], [], []
+    losses, margins = [], []
     for row in rows:
         x, y_w, y_l = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
         with torch.no_grad():
             ref_w, ref_l = logp(reference, x, y_w), logp(reference, x, y_l)
-        reward_w = beta * (logp(trainer.model, x, y_w) - ref_w)
-        reward_l = beta * (logp(trainer.model, x, y_l) - ref_l)
-        losses.append(-torch.log(1 / (1 + torch.exp(-(reward_w - reward_l)))))
-        rewards_w.append(reward_w.item())
-        rewards_l.append(reward_l.item())
+        margin = beta * (logp(trainer.model, x, y_w) - ref_w) - beta * (logp(trainer.model, x, y_l) - ref_l)
+        losses.append(-torch.log(1 / (1 + torch.exp(-margin))))
+        margins.append(margin.item())
     expected = torch.stack(losses).mean()
     expected.backward()
-
     assert expected.item() != pytest.approx(math.log(2), abs=1e-3)  # the perturbed adapter is really in play
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    margins = [chosen - rejected for chosen, rejected in zip(rewards_w, rewards_l, strict=True)]
     assert metrics["rewards/margins"] == pytest.approx(sum(margins) / 6, rel=1e-4, abs=1e-5)
-    assert metrics["rewards/chosen"] == pytest.approx(sum(rewards_w) / 6, rel=1e-4, abs=1e-5)
-    assert metrics["rewards/accuracies"] == pytest.approx(sum(m > 0 for m in margins) / 6)
+    assert metrics["rewards/accuracies"] == pytest.approx(sum(margin > 0 for margin in margins) / 6)
     for name, value in gradients(trainer.model).items():
-        scale = value.abs().max().item()
-        assert torch.allclose(found[name], value, rtol=0, atol=1e-5 * max(scale, 1.0)), name
-        assert torch.nn.functional.cosine_similarity(found[name].flatten(), value.flatten(), 0) > 1 - 1e-5
+        assert torch.allclose(found[name], value, rtol=0, atol=1e-5 * max(value.abs().max().item(), 1.0)), name
 
 
 def test_gradient_is_the_same_after_an_evaluation(prepare):
@@ -64,119 +57,88 @@ def test_gradient_is_the_same_after_an_evaluation(prepare):
     perturb(trainer.model)
     before = gradient(trainer)
     trainer.evaluate()
-    for name, after in gradient(trainer).items():
-        assert torch.equal(before[name], after), name
+    assert all(torch.equal(before[name], after) for name, after in gradient(trainer).items())
     # Other CPUs do not show it, so the cure is looked for as well.
     layers = [module for module in trainer.model.modules() if isinstance(module, nb["Linear4bit"])]
     assert len(layers) == 14 and not any(layer.support_avx512bf16_for_cpu for layer in layers)
 
 
-def test_gradient_checkpointing_changes_nothing(prepare):
-    """Every run on a GPU recomputes activations in the backward pass; here it is compared with one that keeps them."""
-    nb = prepare("chatml")
-    perturb(nb["trainer"].model)
-    kept = gradient(nb["trainer"])
-    run_cells("load-model", "check-4bit", nb)
-    nb["training_args"].gradient_checkpointing = True
-    run_cells("trainer", "check-trainer", nb)
-    nb["trainer"].model.gradient_checkpointing_enable()  # as `train` does at its start
-    perturb(nb["trainer"].model)
-    recomputed = gradient(nb["trainer"])
-    assert nb["trainer"].model.get_base_model().is_gradient_checkpointing and recomputed.keys() == kept.keys()
-    for name, value in recomputed.items():
-        assert torch.allclose(kept[name], value, atol=1e-6), name
-
-
 def test_four_bit_base_and_float32_adapter(prepare):
     nb = prepare("chatml")
-    assert nb["layers_4bit"] == 14 and nb["nf4"].bnb_4bit_quant_type == "nf4" and nb["nf4"].bnb_4bit_use_double_quant
+    quantisation = nb["model"].config.quantization_config
+    assert quantisation.bnb_4bit_quant_type == "nf4" and quantisation.bnb_4bit_use_double_quant
     assert nb["trainer"].ref_model is None
-    assert {p.dtype for p in nb["trainer"].model.parameters() if p.requires_grad} == {torch.float32}
+    trainable = [p for p in nb["trainer"].model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trainable} == {torch.float32} and sum(p.numel() for p in trainable) == nb["adapter_size"]
 
 
 # The checks of the notebook, each made to fail once.
 
 
-def test_check_4bit_fails_on_16_bit(prepare):
+def test_a_base_that_is_not_in_4_bits_is_told(prepare, monkeypatch, models):
     nb = prepare(load_in_4bit=False)
-    nb["load_in_4bit"] = True
-    with pytest.raises(AssertionError, match="load_in_4bit is True, but 0 layers"):
-        run_cell("check-4bit", nb)
+    monkeypatch.setitem(nb, "BitsAndBytesConfig", lambda **_: None)
+    with pytest.raises(AssertionError, match="0 layers"):
+        nb["load_4bit"](models["qwen"])
 
 
-def test_check_split_of_a_step_fails(prepare):
-    nb = prepare()
-    nb["accumulation"] += 1
-    with pytest.raises(AssertionError, match="is not pairs_per_step"):
-        run_cell("training-config", nb)
-
-
-def test_check_trainer_fails_on_bf16(prepare):
-    nb = prepare()
-    nb["trainable"][0].data = nb["trainable"][0].data.bfloat16()
-    with pytest.raises(AssertionError, match="must be float32"):
-        run_cell("check-trainer", nb)
-
-
-def test_check_trainer_fails_on_size(prepare):
-    nb = prepare()
-    nb["trainable"].pop()
-    with pytest.raises(AssertionError, match="parameters would be trained"):
-        run_cell("check-trainer", nb)
-
-
-def test_check_trainer_fails_on_tokens(prepare):
-    nb = prepare()
-    first = nb["tokenized"][0]["prompt_ids"]
-    change = lambda row: {"prompt_ids": row["prompt_ids"][1:] if row["prompt_ids"] == first else row["prompt_ids"]}  # noqa: E731
-    nb["tokenized"] = nb["tokenized"].map(change)
-    with pytest.raises(AssertionError, match="TRL made other tokens"):
-        run_cell("check-trainer", nb)
-
-
-def test_check_trainer_fails_on_rows(prepare):
-    nb = prepare()
-    nb["tokenized"] = nb["tokenized"].select(range(5))
-    with pytest.raises(AssertionError, match="TRL dropped rows"):
-        run_cell("check-trainer", nb)
-
-
-@pytest.mark.parametrize(
-    "losses, message", [([0.70, 0.60], "not ln 2"), ([math.log(2), math.log(2)], "Nothing was learnt")]
-)
-def test_check_loss_fails(prepare, losses, message):
-    nb = prepare()
-    history = [{"step": step, "loss": loss} for step, loss in enumerate(losses, start=1)]
-    nb["trainer"].state.log_history = history + [{"step": nb["max_steps"], "eval_loss": 0.6}]
-    with pytest.raises(AssertionError, match=message):
-        run_cell("held-out", nb)
-
-
-def test_a_merge_that_does_nothing_fails(prepare, monkeypatch):
+def test_an_adapter_of_another_size_is_told(prepare, models):
     nb = prepare(load_in_4bit=False)
-    run_cells("train", "free", nb)
-    monkeypatch.setattr(nb["PeftModel"], "merge_and_unload", lambda self: self.unload(), raising=False)
-    with pytest.raises(AssertionError, match="The adapter was not merged"):
-        run_cell("merge-fp16", nb)
+    nb["adapter_size"] += 1
+    with pytest.raises(AssertionError, match="parameters to train"):
+        nb["make_trainer"](nb["load_4bit"](models["qwen"], torch.float32, False))
 
 
-def test_check_merge_fails(prepare):
+def train(nb):
+    nb["trainer"] = None
+    return run_cell("train", nb)
+
+
+def test_a_policy_that_is_not_the_reference_at_first_is_told(prepare):
     nb = prepare(load_in_4bit=False)
-    run_cells("train", "save-merged", nb)
-    nb["scores"]["trained, 16-bit"] = (nb["scores"]["trained, 16-bit"][0] + 0.5, 0.0)
-    with pytest.raises(AssertionError, match="more or fewer of the chosen answers"):
-        run_cell("score-merged", nb)
+    make = nb["make_trainer"]
+
+    def perturbed(model):
+        trainer = make(model)
+        perturb(trainer.model)
+        return trainer
+
+    nb["make_trainer"] = perturbed
+    train(nb)
+    with pytest.raises(AssertionError, match="policy and reference differ"):
+        run_cells("free", "held-out", nb)
+
+
+def test_a_run_that_learns_nothing_is_told(prepare):
+    nb = prepare(load_in_4bit=False, learning_rate=1e-30)
+    with pytest.raises(AssertionError, match="Nothing was learnt"):
+        train(nb)
+    assert "trained" not in nb["run"]
+
+
+def test_the_first_loss_of_other_losses(prepare):
+    """ipo and apo_zero begin elsewhere than at ln 2, and a sum with sft where the model stands."""
+    for loss_type in ("ipo", "apo_zero", "sigmoid+sft"):
+        nb = prepare(load_in_4bit=False, loss_type=loss_type, output_dir=f"{loss_type}_run")
+        run_cells("free", "held-out", train(nb))
+
+
+def test_a_merge_that_loses_the_adapter_is_told(prepare, monkeypatch):
+    nb = prepare(load_in_4bit=False, max_steps=20, learning_rate=1e-2)
+    run_cells("free", "merge-in-shards", train(nb))
+    monkeypatch.setattr("peft.PeftModel.merge_and_unload", lambda self: self.unload(), raising=False)
+    with pytest.raises(AssertionError, match="use the adapter"):
+        run_cells("merge", "what-it-came-to", nb)
 
 
 def test_the_merge_gets_the_memory_of_the_trained_model(prepare):
-    nb = prepare("chatml")
-    model, trainer = weakref.ref(nb["trainer"].model), weakref.ref(nb["trainer"])
-    layers = [module for module in nb["trainer"].model.modules() if isinstance(module, nb["Linear4bit"])]
+    nb = train(prepare("chatml"))
+    layers = [module for module in nb["model"].modules() if isinstance(module, nb["Linear4bit"])]
     weights = [weakref.ref(layer.weight) for layer in layers]
+    model, trainer = weakref.ref(nb["trainer"].model), weakref.ref(nb["trainer"])
     del layers
-    run_cells("run-prompts-once", "free", nb)
-    assert model() is None and trainer() is None
-    assert weights and all(weight() is None for weight in weights)
+    run_cell("free", nb)
+    assert model() is None and trainer() is None and weights and all(weight() is None for weight in weights)
 
 
 # Whole runs. Each family goes through the notebook by `base_model` alone; each run has a second thing to show.
@@ -199,14 +161,8 @@ def check_run(folder):
     assert any(weight.any() for name, weight in adapter.items() if "lora_B" in name)
     for name in ("lengths", "loss", "rewards", "margins", "accuracies"):
         assert (folder / "curves" / f"{name}.png").stat().st_size > 5000
-    for name in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "generation_config.json",
-        "README.md",
-    ):
-        assert (folder / "merged" / name).exists()
+    files = "tokenizer.json tokenizer_config.json chat_template.jinja generation_config.json README.md run.json"
+    assert set(files.split()) <= {path.name for path in (folder / "merged").iterdir()}
 
 
 def leveldb_records(data, header=7, block=32768):
@@ -244,4 +200,8 @@ def test_mistral_instruct(models, pairs_file, tmp_path):
     executed = papermill(tmp_path, base_model=models["mistral-instruct"], dataset_id=pairs_file)
     check_run(tmp_path / "dpo_run")
     text = json.dumps(executed)
-    assert "folded into the first user turn" in text and "no token to push with" in text
+    assert "joins the user turn" in text and "The model stays in" in text
+    card = (tmp_path / "dpo_run" / "merged" / "README.md").read_text() + (
+        tmp_path / "dpo_run" / "merged" / "run.json"
+    ).read_text()
+    assert models["mistral-instruct"] not in card and pairs_file not in card  # folders mean nothing to others
