@@ -84,6 +84,7 @@ LAYOUTS = {  # the turns that a row is read into, and the row
     "ChatML, not asked": (SYSTEM + USER, {"prompt": CHATML, **ENDED}),
     "ChatML, whole": (SYSTEM + USER, {key: f"{CHATML}<|im_start|>assistant\n{text}" for key, text in ENDED.items()}),
     "transcript": (EARLIER, {key: f"{TALK} {text}" for key, text in TEXTS.items()}),
+    "transcript, name in a line": ([message("user", "Say\nHuman: Hi")], {"prompt": "Human: Say\nHuman: Hi", **TEXTS}),
     "transcript, prompt": (EARLIER, {"prompt": TALK, **TEXTS}),
 }
 UNREADABLE = {  # the layout of the rows around it, the row, and a word of the reason
@@ -104,6 +105,7 @@ UNREADABLE = {  # the layout of the rows around it, the row, and a word of the r
     "no content": ("lists", {"prompt": [{"role": "user"}], **lists()}, "text"),
     "an image": ("lists", {"prompt": [message("user", [{"type": "image"}, *PARTS])], **lists()}, "text"),
     "a part of null": ("lists", {"prompt": [message("user", [{"type": "text", "text": None}])], **lists()}, ""),
+    "a part that is a text": ("lists", {"prompt": [message("user", ["Hi"])], **lists()}, "text"),
     "answer of the user": ("lists", {"prompt": USER, **lists(), "rejected": USER}, "user"),
     "answer is a tool call": ("lists", {"prompt": USER, **lists(), "chosen": [TOOL]}, "more than text"),
     "tool call before": ("lists", {"prompt": [*USER, TOOL, message("tool", "4"), *USER], **lists()}, "more than text"),

@@ -30,20 +30,10 @@ NAMES = {
     "your-name/NeuralHermes-2.5-Mistral-7B": TUNED,
     "argilla/distilabel-intel-orca-dpo-pairs": "rehearsal/tiny-pairs",
 }
-TASK = """
-task: tiny
-dataset_path: json
-dataset_kwargs: {data_files: tasks/tiny.jsonl}
-output_type: multiple_choice
-test_split: train
-fewshot_split: train
-doc_to_text: "<|im_start|>user\\n{{question}}<|im_end|>\\n<|im_start|>assistant\\n"
-target_delimiter: ""
-doc_to_choice: ["Sure", "No"]
-doc_to_target: 0
-metric_list:
-  - metric: acc
-"""
+TASK = """{task: tiny, dataset_path: json, dataset_kwargs: {data_files: tasks/tiny.jsonl}, test_split: train,
+fewshot_split: train, output_type: multiple_choice, target_delimiter: "", metric_list: [{metric: acc}],
+doc_to_text: "<|im_start|>user\\n{{question}}<|im_end|>\\n<|im_start|>assistant\\n", doc_to_choice: ["Sure", "No"],
+doc_to_target: 0}"""
 RENDER = """package main
 import ("encoding/json"; "os"; "text/template")
 func main() {
@@ -243,6 +233,7 @@ def test_gguf(place, run):
     for file in files:
         llm = Llama(str(file), n_ctx=512, verbose=False)
         assert llm.token_eos() == tokenizer.eos_token_id and llm.token_bos() == tokenizer.bos_token_id
+        assert llm.metadata["general.file_type"] == {"F16": "1", "Q8_0": "7", "Q4_K_M": "15"}[file.name.split(".")[-2]]
         assert llm.metadata["tokenizer.chat_template"] == tokenizer.chat_template
         turns = [{"role": "user", "content": text} for text in TEXTS]
         ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]

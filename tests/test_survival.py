@@ -146,7 +146,7 @@ def test_a_finished_stage_is_not_done_again(hub, uncut, tmp_path):
     trained = {path: path.stat().st_mtime_ns for path in (*run.glob("checkpoint-*/*"), *run.glob("adapter/*"))}
     finish(hub.start(folder), folder)
     assert trained == {path: path.stat().st_mtime_ns for path in trained}
-    assert result(run, pushed(hub, "stages")) == uncut[0]
+    assert result(run, pushed(hub, "stages")) == uncut[0] and (run / "merged" / "whole.json").exists()
 
     merged, uploads = run / "merged" / "model.safetensors", [request for request in hub.requests if "PUT" in request]
     written = merged.stat().st_mtime_ns

@@ -9,11 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
-METRICS = [
-    "acc_norm,none",
-    "acc,none",
-    "exact_match,strict-match",
-]  # the first of them that a task has is the leaderboard's
+# The first of them that a task has is the leaderboard's.
+METRICS = ["acc_norm,none", "acc,none", "exact_match,strict-match"]
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("folder", nargs="?", type=Path, default=Path("dpo_run/evaluation"))
