@@ -282,6 +282,7 @@ def plan_for(memory, dtype, run):
     linear = [x for x in skeleton.modules() if isinstance(x, torch.nn.Linear) and x is not head]
     nb = dict(alone("memory"), torch=torch, config=CONFIG, dtype=dtype, linear=linear, trained=False, sharded=False)
     nb.update(pairs_per_step=PER_STEP, processes=types.SimpleNamespace(num_processes=1), share_prompt=True, on_gpu=True)
+    nb["gather_object"] = list
     nb.update(parameter_count=skeleton.num_parameters(), load_in_4bit=True, memory=memory, order=np.arange(len(pairs)))
     nb["adapter_size"] = sum(16 * (layer.in_features + layer.out_features) for layer in linear)
     nb["once"], nb["longest"] = pairs.sum(axis=1) - 1, pairs[:, 0] + pairs[:, 1:].max(axis=1)

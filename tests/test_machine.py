@@ -164,7 +164,7 @@ def test_the_record_is_written_in_one_go_and_by_one_process(tmp_path):
 def test_a_folder_of_an_earlier_version_is_left_alone(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "run.json").write_text('{"parameters": {}}')
-    with pytest.raises(AssertionError, match="another output_dir"):
+    with pytest.raises(AssertionError, match="choose another"):
         run_folder(tmp_path)
     assert (tmp_path / "run.json").read_text() == '{"parameters": {}}'
 
