@@ -1,10 +1,11 @@
 """Runs the unchanged notebook end to end on this machine: no GPU, no account, no network.
 
-    python -m rehearsal [--output FOLDER] [--picture FILE]
+    python -m rehearsal [--real] [--output FOLDER] [--picture FILE]
 
 Makes a tiny chat model and preference pairs, serves them from a local Hub to the real client libraries, executes
 the notebook with papermill, its push included, and leaves everything in one folder. What it shows is that the
-notebook works and what its curves look like, not what DPO does to a model of seven billion parameters.
+notebook works and what its curves look like, not what DPO does to a model of seven billion parameters. With --real
+the model is SmolLM2-135M-Instruct, fetched from the Hub or from PyPI, and training takes minutes instead of one.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from rehearsal.hub import Hub
+from rehearsal.real import NAME, make_real_model
 from rehearsal.world import make_model, make_pairs
 
 NOTEBOOK = Path(__file__).parents[1] / "dpo_finetune.ipynb"
@@ -34,6 +36,7 @@ PARAMETERS = dict(
     warmup_steps=5,
     max_length=256,
 )
+REAL = PARAMETERS | dict(base_model=NAME, eval_pairs=32, learning_rate=2e-4, pairs_per_step=8, max_steps=40)
 SETTINGS = {
     # Bars and warnings of the libraries would fill the page that is to be read.
     "TQDM_DISABLE": "1",
@@ -45,35 +48,45 @@ SETTINGS = {
 
 
 def run_notebook(folder, environment, **parameters):
-    """Executes the notebook in `folder` as dpo_finetune.ipynb and exports it as HTML; raises if a cell fails."""
+    """Executes the notebook in `folder` as dpo_finetune.ipynb and exports it as HTML; raises if a cell fails.
+
+    Says each minute how far the training is.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     executed = folder / "dpo_finetune.ipynb"
     options = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
     command = [sys.executable, "-m", "papermill", str(NOTEBOOK), str(executed), "--cwd", str(folder), *options]
-    subprocess.run([*command, "--no-progress-bar"], env=environment, check=True)
-    subprocess.run(
-        [sys.executable, "-m", "nbconvert", "--to", "html", "--log-level", "ERROR", str(executed)], check=True
-    )
+    process, minutes = subprocess.Popen([*command, "--no-progress-bar"], env=environment), 0
+    while process.poll() is None:
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            steps = [int(path.name.partition("-")[2]) for path in folder.glob("*/checkpoint-*[0-9]")]
+            print(f"{(minutes := minutes + 1)} min, step {max(steps, default=0)} of {parameters['max_steps']}", flush=True)
+    if process.returncode:
+        raise SystemExit(f"A cell of {executed} failed.")
+    export = [sys.executable, "-m", "nbconvert", "--to", "html", "--log-level", "ERROR", str(executed)]
+    subprocess.run(export, check=True)
     return executed
 
 
-def rehearse(output, **changes):
+def rehearse(output, make=make_model, **parameters):
     """The whole rehearsal in the folder `output`, which is made anew. Returns the local Hub, stopped."""
     made = output / "made"
     if output.exists() and any(output.iterdir()) and not made.exists():
         raise SystemExit(f"{output} holds other things than a rehearsal: choose another --output.")
     shutil.rmtree(output, ignore_errors=True)
-    make_model(made / "model")
+    make(made / "model")
     (made / "pairs").mkdir(parents=True)
     with open(made / "pairs" / "train.jsonl", "w") as file:
         file.writelines(json.dumps(pair) + "\n" for pair in make_pairs())
     print("executing the notebook, which takes longer than that", flush=True)
     with Hub(output / "hub") as hub:
-        hub.add(BASE, made / "model")
+        hub.add(parameters["base_model"], made / "model")
         hub.add(DATASET, made / "pairs", repo_type="dataset")
         environment = os.environ | hub.environment(output / "cache") | SETTINGS
         environment.pop("WANDB_API_KEY", None)
-        run_notebook(output, environment, **{**PARAMETERS, "output_dir": "dpo_run", **changes})
+        run_notebook(output, environment, output_dir="dpo_run", **parameters)
     return hub
 
 
@@ -105,10 +118,11 @@ def draw_picture(output, picture):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser("python -m rehearsal", description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, default=Path("rehearsal-output"), help="folder, emptied first")
+    parser.add_argument("--real", action="store_true", help="a real chat model, SmolLM2-135M-Instruct")
     parser.add_argument("--picture", type=Path, help="also draw the curves into this file")
     arguments = parser.parse_args()
     start, output = time.time(), arguments.output.resolve()
-    hub = rehearse(output)
+    hub = rehearse(output, make_real_model, **REAL) if arguments.real else rehearse(output, **PARAMETERS)
     if arguments.picture:
         draw_picture(output, arguments.picture)
     print(summary(output, hub, time.time() - start))

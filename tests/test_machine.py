@@ -265,11 +265,9 @@ def test_a_source_on_the_hub_is_a_commit_or_one_sentence(accounts, sources, tmp_
 @pytest.fixture
 def colab(monkeypatch):
     """A stand-in of google.colab, which does not import its userdata; the dict holds its secrets, or what they raise."""
-    modules = [ModuleType(name) for name in ("google", "google.colab", "google.colab.errors", "google.colab.userdata")]
-    for module in modules:
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    errors, userdata = modules[2:]
-    errors.Error = Exception
+    for name in ("google.colab", "google.colab.errors", "google.colab.userdata"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    userdata, sys.modules["google.colab.errors"].Error = sys.modules["google.colab.userdata"], Exception
     for name in ("SecretNotFoundError", "NotebookAccessError", "TimeoutException"):
         setattr(userdata, name, type(name, (Exception,), {}))
     secrets = {}
