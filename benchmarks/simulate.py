@@ -24,30 +24,29 @@ import types
 import weakref
 from collections import Counter
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1", PYTHONWARNINGS="ignore")
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
-logging.disable(logging.WARNING)
+import numpy as np
+import torch
+import transformers as hf
+from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.nn import Linear4bit
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, models
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from trl import DPOConfig, DPOTrainer
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import transformers as hf  # noqa: E402
-from bitsandbytes.functional import quantize_4bit  # noqa: E402
-from bitsandbytes.nn import Linear4bit  # noqa: E402
-from datasets import Dataset  # noqa: E402
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from notebook import alone, run_cell, run_cells  # noqa: E402
-from peft import LoraConfig  # noqa: E402
 from speed import SHAPES, draw_lengths, table  # noqa: E402
-from tokenizers import Tokenizer, models  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
-from torch.utils.flop_counter import flop_registry  # noqa: E402
-from transformers.integrations.bitsandbytes import replace_with_bnb_linear  # noqa: E402
-from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer  # noqa: E402
-from trl import DPOConfig, DPOTrainer  # noqa: E402
 
 CARDS = {  # bytes of memory, compute capability
     "T4, 16 GB": (15.8e9, (7, 5)),
@@ -76,16 +75,15 @@ class Machine(TorchDispatchMode):
         """Counts the storage of a tensor until nothing needs it any more."""
         storage = x.untyped_storage()
         key, size = storage._cdata, -(-storage.nbytes() // 512) * 512
-        if key in self.alive:
-            return
 
-        def gone(_):
+        def release(_):
             del self.alive[key]
             self.now -= size
 
-        self.alive[key] = weakref.ref(storage, gone)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        if key not in self.alive:
+            self.alive[key] = weakref.ref(storage, release)
+            self.now += size
+            self.peak = max(self.peak, self.now)
 
     def wait(self):
         """The CPU waits for the GPU. If that has nothing to do, it costs nothing."""
@@ -100,7 +98,8 @@ class Machine(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         imagined = any(isinstance(x, FakeTensor) for x in tensors)
-        imagined = imagined or not tensors and kwargs.get("dtype", torch.int64) not in (torch.int64, torch.bool)
+        if not tensors:
+            imagined = kwargs.get("dtype", torch.int64) not in (torch.int64, torch.bool)
         masked = func is aten.index.Tensor and any(x is not None and x.dtype == torch.bool for x in args[1])
         if masked or func in (aten._local_scalar_dense.default, aten.nonzero.default):
             self.wait()
@@ -109,17 +108,15 @@ class Machine(TorchDispatchMode):
                 return self.gemm_4bit(*args, **kwargs)
         if imagined and func is aten._local_scalar_dense.default and args[0].is_floating_point():
             return 1.0  # a metric for the log
-        if not imagined:
+        if imagined and masked:  # a mask that is known becomes places that are known
             with unset_fake_temporarily():
-                out = func(*args, **kwargs)
-        else:
-            if masked:  # a mask that is known becomes places that are known
-                with unset_fake_temporarily():
-                    places = [p for x in args[1] for p in (x.nonzero().unbind(1) if x.dtype == torch.bool else [x])]
-                args = (args[0], places)
+                places = [p for x in args[1] for p in (x.nonzero().unbind(1) if x.dtype == torch.bool else [x])]
+            args = (args[0], places)
+        with contextlib.nullcontext() if imagined else unset_fake_temporarily():
             out = func(*args, **kwargs)
-            if not (func.is_view or func.namespace == "prim" or func.__name__.startswith(("_unsafe_view", "empty"))):
-                self.launch()
+        silent = func.is_view or func.namespace == "prim" or func.__name__.startswith(("_unsafe_view", "empty"))
+        if imagined and not silent:
+            self.launch()
         self.counts["products"] += self.products(func, args, kwargs, out)
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor):
@@ -158,11 +155,8 @@ class Machine(TorchDispatchMode):
             kept = attn_mask, torch.is_grad_enabled(), 0.0
             return aten._scaled_dot_product_efficient_attention(query, key, value, *kept, is_causal, scale=scale)[0]
 
-        def fold(*_, **__):  # a Triton kernel that works in place
-            self.launch()
-
-        def add_product(total, a, b):  # 16-bit factors, summed in float32 in place
-            self.launch(products=2 * a.shape[0] * a.shape[1] * b.shape[1])
+        def add_product(total, *factors):  # of 16 bits, added to float32 in place
+            self.launch(products=self.products(aten.mm.default, factors, {}, total))
 
         patches = {
             "torch.cuda.is_available": lambda: True,
@@ -171,8 +165,8 @@ class Machine(TorchDispatchMode):
             "torch.is_autocast_enabled": lambda *_: True,  # PEFT asks for CUDA's
             "torch.Tensor.cpu": lambda x: self.wait() or x,
             "trl.trainer.utils._use_triton": lambda device: True,
-            "trl.kernels.chunked_logprob._forward_tile": fold,
-            "trl.kernels.chunked_logprob._backward_tile": fold,
+            "trl.kernels.chunked_logprob._forward_tile": lambda *_, **__: self.launch(),  # Triton's, in place
+            "trl.kernels.chunked_logprob._backward_tile": lambda *_, **__: self.launch(),
             "trl.kernels.chunked_logprob._addmm_fp32": add_product,
         }
         with contextlib.ExitStack() as stack:
@@ -247,9 +241,10 @@ def simulate(batches, layers, capability, again=None, share=True):
         model = trainer.model.get_base_model()
         if share:
             alone("run-prompts-once")["run_prompts_once"](model, again)
-        for lengths in batches:
-            for layer in model.model.layers[again(0, 0) :] if again and not share else ():
+        elif again:
+            for layer in model.model.layers[again(0, 0) :]:
                 layer.gradient_checkpointing = False
+        for lengths in batches:
             loss(trainer, lengths, dtype).backward()
     return machine
 
@@ -308,7 +303,7 @@ def measure_card(card):
     size, (tokens, cells, again), pairs = nb["at_once"], nb["batches"], nb["pairs"]
     needed = partial(nb["layers_to_checkpoint"], nb["config"], room=nb["budget"] - nb["fixed"], **nb["kind"])
     most = {int(values.argmax()) * size for values in (nb["needs"], tokens, cells)}
-    peaks = [simulate([pairs[i : i + size]], LAYERS, capability, needed if again.any() else None).peak for i in most]
+    peak = simulate([pairs[i : i + size] for i in most], LAYERS, capability, needed if again.any() else None).peak
     starts = [i for step in SAMPLED for i in range(step * PER_STEP, (step + 1) * PER_STEP, size)]
     counted = count([pairs[i : i + size] for i in starts], capability, (again * tokens).sum() / tokens.sum())
     # Each pass over the weights takes as long as 130 tokens: policy, reference, backward, and what is done again.
@@ -318,31 +313,34 @@ def measure_card(card):
         split=f"{size} × {PER_STEP // size}",
         layers_checkpointed=float(again.mean()),
         predicted_gb=float(nb["needs"].max() / 1e9),
-        simulated_gb=max(peaks) / 1e9 + 1.5,  # CUDA's own
+        simulated_gb=peak / 1e9 + 1.5,  # CUDA's own
         with_dequantising_over_bound=float(counted["operations_over_bound"] + reading),
         **counted,
     )
 
 
-def ways(cards):
-    """Of each way to train: operations over the least there are, micro-batches, kernels and waits of a step."""
-    pairs, shuffled = plan_for("A100, 40 GB")["pairs"], []
+def count_stock(again):
+    """What stock TRL's step comes to: four pairs at once, in random order inside the step."""
+    pairs, batches = plan_for("A100, 40 GB")["pairs"], []
     for step in SAMPLED:
-        shuffled += random.Random(step).sample(pairs[step * PER_STEP : (step + 1) * PER_STEP].tolist(), PER_STEP)
-    batches = [shuffled[i : i + 4] for i in range(0, len(shuffled), 4)]
-    rows = [dict(name="recipe of 2024, stock TRL", **count(batches, (8, 0), LAYERS, share=False))]
-    rows.append(dict(name="stock TRL without checkpointing", **count(batches, (8, 0), 0, share=False)))
-    for card in cards:
-        rows.append(dict(name=f"this notebook, {card['name']}", **{key: card[key] for key in [*rows[0]][1:]}))
-    return rows
+        mixed = random.Random(step).sample(pairs[step * PER_STEP : (step + 1) * PER_STEP].tolist(), PER_STEP)
+        batches += [mixed[i : i + 4] for i in range(0, PER_STEP, 4)]
+    return count(batches, (8, 0), again, share=False)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, help="where to write what was found, as JSON")
     arguments = parser.parse_args()
-    cards = [measure_card(card) for card in CARDS]
-    found = dict(cards=cards, ways=ways(cards))
+    os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", PYTHONWARNINGS="ignore")  # of the processes to come
+    with get_context("spawn").Pool(2, logging.disable, [logging.WARNING]) as pool:
+        cards = pool.map_async(measure_card, CARDS, 1)
+        stock, kept = pool.map(count_stock, (LAYERS, 0), 1)
+        cards = cards.get()
+    # The recipe of 2024 has a second model where stock TRL switches the adapter off, and computes the same.
+    ways = {"recipe of 2024": stock, "stock TRL": stock, "stock TRL without checkpointing": kept}
+    ways |= {f"this notebook, {card['name']}": {key: card[key] for key in stock} for card in cards}
+    found = dict(cards=cards, ways=[dict(name=name, **counted) for name, counted in ways.items()])
     for rows in found.values():
         cells = [[f"{x:.3f}" if isinstance(x, float) else x for x in row.values()] for row in rows]
         print(table([name.replace("_", " ") for name in rows[0]], cells), "\n")

@@ -62,7 +62,9 @@ def run_notebook(folder, environment, **parameters):
             process.wait(60)
         except subprocess.TimeoutExpired:
             steps = [int(path.name.partition("-")[2]) for path in folder.glob("*/checkpoint-*[0-9]")]
-            print(f"{(minutes := minutes + 1)} min, step {max(steps, default=0)} of {parameters['max_steps']}", flush=True)
+            print(
+                f"{(minutes := minutes + 1)} min, step {max(steps, default=0)} of {parameters['max_steps']}", flush=True
+            )
     if process.returncode:
         raise SystemExit(f"A cell of {executed} failed.")
     export = [sys.executable, "-m", "nbconvert", "--to", "html", "--log-level", "ERROR", str(executed)]

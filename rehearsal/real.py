@@ -20,7 +20,9 @@ def from_hub(folder):
     from huggingface_hub import snapshot_download
 
     try:
-        snapshot_download(NAME, local_dir=folder, allow_patterns=["*.json", "*.txt", "model.safetensors"], etag_timeout=5)
+        snapshot_download(
+            NAME, local_dir=folder, allow_patterns=["*.json", "*.txt", "model.safetensors"], etag_timeout=5
+        )
     except Exception:  # no network, no Hub, or a Hub without it
         return False
     return True

@@ -44,7 +44,8 @@ def rehearsal(tmp_path_factory):
         if not printed.exists():
             picture = output.parent / "curves.png"
             command = [sys.executable, "-m", "rehearsal", "--output", output, "--picture", picture]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            shown = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+            done = subprocess.run(command, cwd=ROOT, env=shown, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr[-3000:]
             printed.write_text(done.stdout)
     return output, printed.read_text()

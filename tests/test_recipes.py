@@ -116,7 +116,7 @@ def test_the_tests_install_what_the_recipes_say():
     named = re.findall(r'"([^"]+)"', "".join(re.findall(r"^pip install .*$", readmes, re.MULTILINE)))
     listed = "".join((ROOT / "tests" / f"{kind}requirements.txt").read_text() for kind in ("", "recipes-"))
     assert len(named) == 5 and set(named) <= set(listed.split())
-    assert set(re.findall('cmake.args=[^ "]+', readmes)) == set(re.findall('cmake.args=[^ "]+', listed)) != set()
+    assert set(re.findall(r'cmake.args=[^\s"]+', readmes)) == set(re.findall(r'cmake.args=[^\s"]+', listed)) != set()
 
 
 @pytest.mark.parametrize("way", ["recipe", "notebook"])
@@ -131,7 +131,17 @@ def test_evaluate(way, place, environment, run, monkeypatch, tmp_path):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         parameters = dict(base_model=BASE, base_revision="", eval_tasks="tasks/tiny.yaml:1")
-        run_cell("evaluate", dict(subprocess=subprocess, folder=merged.parent, merged_dir=merged, **parameters))
+        run_cell(
+            "evaluate",
+            dict(
+                subprocess=subprocess,
+                sys=sys,
+                clear_device_cache=lambda **_: None,
+                folder=merged.parent,
+                merged_dir=merged,
+                **parameters,
+            ),
+        )
     folder = merged.parent / "evaluation"
     printed = run(f"{command('evaluate', 'python recipes')} {folder}").splitlines()
     rows = {line.split()[0]: [float(number) for number in line.split()[1:]] for line in printed[1:]}

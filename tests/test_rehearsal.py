@@ -213,7 +213,7 @@ def push(run, hub_id):
     return f"""
 from pathlib import Path
 from notebook import run_cells
-nb = run_cells("install", "accounts", new_model="{hub_id}", output_dir={str(run)!r}, max_steps=50)
+nb = run_cells("install", "accounts", new_model="{hub_id}", output_dir={str(run)!r}, max_steps=50, warmup_steps=5)
 run_cells("push-adapter", "push-adapter", nb)
 run_cells("push", "push", nb)
 """

@@ -159,7 +159,7 @@ def check_run(folder):
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert {weight.dtype for weight in adapter.values()} == {torch.float32}
     assert any(weight.any() for name, weight in adapter.items() if "lora_B" in name)
-    for name in ("lengths", "loss", "rewards", "margins", "accuracies"):
+    for name in ("loss", "rewards", "margins", "accuracies"):
         assert (folder / "curves" / f"{name}.png").stat().st_size > 5000
     files = "tokenizer.json tokenizer_config.json chat_template.jinja generation_config.json README.md run.json"
     assert set(files.split()) <= {path.name for path in (folder / "merged").iterdir()}
