@@ -28,10 +28,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "recipes: needs tests/recipes-requirements.txt, Chromium and Go; pytest -m recipes"
-    )
-    config.option.markexpr = config.option.markexpr or "not recipes"
+    needed = {"recipes": "needs tests/recipes-requirements.txt, Chromium and Go", "colab": "installs several GB"}
+    for name, what in needed.items():
+        config.addinivalue_line("markers", f"{name}: {what}; pytest -m {name}")
+    config.option.markexpr = config.option.markexpr or "not recipes and not colab"
 
 
 @pytest.fixture(scope="session")

@@ -69,7 +69,9 @@ def test_parameters_cell():
     cell = next(cell for cell in CODE if cell.id == "parameters")
     assert cell.metadata.tags == ["parameters"]
     lines = [line for line in cell.source.splitlines() if not line.startswith("#")]
-    assert all(re.fullmatch(r"\w+ = .+  # @param \{type:\"\w+\"\}", line) for line in lines)
+    assert all(
+        re.fullmatch(r"\w+ = .+  # @param (\{type:\"\w+\"\}|\[.+\] \{allow-input:true\})", line) for line in lines
+    )
     names = """base_model base_revision new_model dataset_id dataset_revision output_dir eval_pairs load_in_4bit lora_rank
     lora_alpha beta loss_type learning_rate max_steps warmup_steps pairs_per_step max_length share_prompt gpu_memory
     push_to_hub private eval_tasks seed"""

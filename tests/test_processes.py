@@ -129,20 +129,29 @@ def one(start, place):
     return outcome(place / "one")
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_as_on_one_process(start, place, hub, one, processes):
-    log = finish(*start(f"on-{processes}", processes, push_to_hub=processes == 2))
-    assert f"{processes} × CPU" in log
-    assert max(abs(margin) for *_, margin in one[0] if margin) > 100 * BOUND  # something was learnt
-    assert_close(outcome(place / f"on-{processes}"), one)
+def test_the_slurm_job(start, place, hub, one, tmp_path):
+    """Two machines on one, as on one process: srun runs the command as two tasks, as on two nodes."""
+    (tmp_path / "srun").write_text('#!/bin/bash\nSLURM_PROCID=1 "$@" & other=$!\nSLURM_PROCID=0 "$@" && wait $other\n')
+    (tmp_path / "scontrol").write_text("#!/bin/bash\necho localhost\necho elsewhere\n")
+    for stand_in in tmp_path.iterdir():
+        stand_in.chmod(0o755)
+    job = (RECIPE / "job.sh").read_text()
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", job.partition("\nexport")[0], re.MULTILINE))
+    assert job.startswith("#!/bin/bash\n#SBATCH") and (asked["nodes"], asked["ntasks-per-node"]) == ("2", "1")
+    assert "gpus-per-node" in asked  # Slurm then tells how many in SLURM_GPUS_PER_NODE
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    nodes = f"env SLURM_NNODES=2 SLURM_GPUS_PER_NODE=1 SLURM_JOB_NODELIST=n[1-2] PORT={random.randrange(20000, 60000)}"
+    log = finish(*start("slurm", 2, f"{nodes} PATH={path} bash recipes/more_gpus/job.sh", push_to_hub=True))
+    assert (
+        "2 × CPU" in log and max(abs(margin) for *_, margin in one[0] if margin) > 100 * BOUND
+    )  # something was learnt
+    assert_close(outcome(place / "slurm"), one)
     for said in ("a new run", "accumulated: ", "Trained to step 6", "after the merge", "What is a neural network"):
         assert len(re.findall(f"^.*{said}", log, re.MULTILINE)) == 1, said  # by the first alone
-    if processes == 2:
-        pushed = hub.folder(f"{hub.user}/on-2")
-        uploads = [path for method, path in hub.requests if method == "PUT"]
-        assert len(uploads) == len(set(uploads)) and len([path for _, path in hub.requests if "create" in path]) == 1
-        merged = place / "on-2" / "merged" / "model.safetensors"
-        assert (pushed / "model.safetensors").read_bytes() == merged.read_bytes()
+    pushed, uploads = hub.folder(f"{hub.user}/slurm"), [path for method, path in hub.requests if method == "PUT"]
+    assert len(uploads) == len(set(uploads)) and len([path for _, path in hub.requests if "create" in path]) == 1
+    merged = place / "slurm" / "merged" / "model.safetensors"
+    assert (pushed / "model.safetensors").read_bytes() == merged.read_bytes()
 
 
 @pytest.mark.parametrize("asked, processes, found", [(12, 3, 12), (11, 2, 10), (11, 3, 9)])
@@ -164,22 +173,6 @@ def test_fsdp_as_on_one_process(start, place, one):
     assert list((place / "fsdp").glob("checkpoint-*/pytorch_model_fsdp.bin"))  # it was FSDP
     assert re.search(r"Going on from checkpoint-[2-5]", finish(*start("fsdp", 2, fsdp)))
     assert_close(outcome(place / "fsdp"), one)
-
-
-def test_the_slurm_job(start, place, one, tmp_path):
-    """Two machines on one: srun runs the command as two tasks, as on two nodes."""
-    (tmp_path / "srun").write_text('#!/bin/bash\nSLURM_PROCID=1 "$@" & other=$!\nSLURM_PROCID=0 "$@" && wait $other\n')
-    (tmp_path / "scontrol").write_text("#!/bin/bash\necho localhost\necho elsewhere\n")
-    for stand_in in tmp_path.iterdir():
-        stand_in.chmod(0o755)
-    job = (RECIPE / "job.sh").read_text()
-    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", job.partition("\nexport")[0], re.MULTILINE))
-    assert job.startswith("#!/bin/bash\n#SBATCH") and (asked["nodes"], asked["ntasks-per-node"]) == ("2", "1")
-    assert "gpus-per-node" in asked  # Slurm then tells how many in SLURM_GPUS_PER_NODE
-    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    nodes = f"env SLURM_NNODES=2 SLURM_GPUS_PER_NODE=1 SLURM_JOB_NODELIST=n[1-2] PORT={random.randrange(20000, 60000)}"
-    finish(*start("slurm", 2, f"{nodes} PATH={path} bash recipes/more_gpus/job.sh"))
-    assert_close(outcome(place / "slurm"), one)
 
 
 @pytest.mark.recipes
