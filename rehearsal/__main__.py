@@ -14,10 +14,12 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pandas as pd
 
 from rehearsal.hub import Hub
 from rehearsal.real import NAME, make_real_model
@@ -108,20 +110,30 @@ Left in {output}/ after {seconds:.0f} s: dpo_finetune.html (read this), dpo_fine
 
 
 def draw_picture(output, picture):
-    """The four curves of a run as one image."""
-    figure, axes = plt.subplots(2, 2, figsize=(12, 6))
-    for ax, name in zip(axes.flat, ("loss", "rewards", "margins", "accuracies"), strict=True):
-        ax.imshow(plt.imread(output / "dpo_run" / "curves" / f"{name}.png"))
-        ax.axis("off")
-    figure.tight_layout(pad=0)
-    figure.savefig(picture, dpi=120)
+    """What the run in `output` came to as one image: answers before and after, beside the held-out curves."""
+    run = json.loads((output / "dpo_run" / "run.json").read_text())
+    evaluated = pd.DataFrame([entry for entry in run["history"] if "eval_loss" in entry]).set_index("step")
+    evaluated = evaluated.rename(columns=lambda name: name.removeprefix("eval_").removeprefix("rewards/"))
+    figure, axes = plt.subplot_mosaic([["text", "loss"], ["text", "margins"], ["text", "accuracies"]], figsize=(13, 6))
+    for name in ("loss", "margins", "accuracies"):
+        evaluated[name].plot(ax=axes[name], style="o-", xlabel="step", title=f"held-out {name}")
+    lines = [f"{run['parameters']['base_model']}, {run['parameters']['max_steps']} steps"]
+    for question in list(run["before"])[:2]:
+        lines += ["", question]
+        for when in ("before", "after"):
+            answer = textwrap.wrap(run[when][question], 76)
+            lines += [f"{when}:", *answer[:5], *["…"] * (len(answer) > 5)]
+    axes["text"].text(0, 1, "\n".join(lines), va="top", family="monospace", fontsize=8, parse_math=False)
+    axes["text"].axis("off")
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser("python -m rehearsal", description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, default=Path("rehearsal-output"), help="folder, emptied first")
     parser.add_argument("--real", action="store_true", help="a real chat model, SmolLM2-135M-Instruct")
-    parser.add_argument("--picture", type=Path, help="also draw the curves into this file")
+    parser.add_argument("--picture", type=Path, help="also draw answers and curves into this file")
     arguments = parser.parse_args()
     start, output = time.time(), arguments.output.resolve()
     hub = rehearse(output, make_real_model, **REAL) if arguments.real else rehearse(output, **PARAMETERS)

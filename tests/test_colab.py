@@ -11,28 +11,28 @@ import pytest
 from rehearsal.__main__ import PARAMETERS, rehearse
 
 LIST = Path(__file__).with_name("colab.txt")
-# Secrets that are not there, and pandas unimported: what a new session of Colab has.
-COLAB = """
-import sys, types
-
+SECRETS = """
 class SecretNotFoundError(Exception):
     pass
 
+
 def get(name):
     raise SecretNotFoundError(name)
-
-sys.modules["google.colab"] = types.SimpleNamespace(userdata=types.SimpleNamespace(get=get))
 """
 
 
 @pytest.mark.colab
 def test_run_all_in_colab(tmp_path, monkeypatch):
     python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([shutil.which("python3.13") or sys.executable, "-m", "venv", python.parents[1]], check=True)
+    theirs = shutil.which("python3.13") and not subprocess.call(["python3.13", "--version"])  # a shim may lead nowhere
+    subprocess.run(["python3.13" if theirs else sys.executable, "-m", "venv", python.parents[1]], check=True)
     subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", LIST], check=True)
     before = subprocess.check_output([python, "-m", "pip", "freeze"], text=True).splitlines()
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(COLAB)
+    colab = tmp_path / "site" / "google" / "colab"  # imported when the kernel starts, as theirs is
+    colab.mkdir(parents=True)
+    (colab / "__init__.py").touch()
+    (colab / "userdata.py").write_text(SECRETS)
+    (tmp_path / "site" / "sitecustomize.py").write_text("import google.colab\n")
     kernel = tmp_path / "jupyter" / "kernels" / "python3"
     kernel.mkdir(parents=True)
     command = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
