@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from trl import DPOConfig, DPOTrainer
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "tests")]
 from notebook import alone, run_cell, run_cells  # noqa: E402
 from speed import SHAPES, draw_lengths, table  # noqa: E402
 
@@ -224,9 +224,7 @@ def simulate(batches, layers, dtype, again=None, share=True):
 def least(pairs):
     """Operations that DPO cannot do without: each distinct token once, forward, backward and in the reference's forward."""
     prompt, *answers = np.transpose(pairs)
-    linear = (
-        2 * LAYER * (prompt + sum(answers) - 1)
-    )  # in each of three passes: backward, frozen weights get no gradients
+    linear = 2 * LAYER * (prompt + sum(answers) - 1)  # in each of three passes, since weights get no gradients
     cells = prompt**2 / 2 + sum(answer * (prompt + answer / 2) for answer in answers)
     attention = 4 * cells * HIDDEN * (1 + 2.5 + 1)  # backward: five products for two
     head = 2 * SHAPE["vocab_size"] * HIDDEN * sum(answers)  # it only sees answers

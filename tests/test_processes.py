@@ -116,7 +116,7 @@ def outcome(folder):
 def assert_close(one, other):
     for entry, same in zip(one[0], other[0], strict=True):
         assert entry == pytest.approx(same, abs=BOUND)
-    assert one[1].keys() == other[1].keys() == {"base", "trained", "base in FP16", "merged"}
+    assert one[1].keys() == other[1].keys() == {"base", "trained", "base unquantised", "merged"}
     for name, logps in one[1].items():  # sums of up to a hundred tokens
         assert np.allclose(other[1][name], logps, rtol=0, atol=100 * BOUND)
     assert one[2].keys() == other[2].keys()

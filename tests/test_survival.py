@@ -12,9 +12,10 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import forked
 import httpx2
@@ -148,26 +149,16 @@ def test_a_finished_stage_is_not_done_again(hub, uncut, tmp_path):
 @pytest.fixture(scope="module")
 def ready(models, pairs_file):
     """Runs the notebook's cells up to the one that trains, for a small run in float32."""
-
-    def run(folder, **changes):
-        small = {**SMALL, "base_model": models["qwen"], "dataset_id": pairs_file, "load_in_4bit": False}
-        return run_cells("install", "score", **{**small, "output_dir": str(folder), **changes})
-
-    return run
+    small = {**SMALL, "base_model": models["qwen"], "dataset_id": pairs_file, "load_in_4bit": False}
+    return partial(run_cells, "install", "score", **small)
 
 
 class Watch(TrainerCallback):
     """Counts the steps of all trainings in a namespace, and meets faults: {steps taken: what is called then}."""
 
     def __init__(self, nb, faults=None):
-        make_trainer, self.faults, self.steps = nb["make_trainer"], faults or {}, []
-
-        def watched(model):
-            trainer = make_trainer(model)
-            trainer.add_callback(self)
-            return trainer
-
-        nb["make_trainer"] = watched
+        self.faults, self.steps = faults or {}, []
+        nb["LastingTrainer"] = partial(nb["LastingTrainer"], callbacks=[self])
 
     def on_step_begin(self, args, state, control, **options):
         self.faults.pop(state.global_step, bool)()
@@ -180,7 +171,7 @@ class Watch(TrainerCallback):
 def undisturbed(ready, tmp_path_factory):
     """The folder of a training of four steps that nothing disturbs."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    run_cell("train", ready(folder))
+    run_cell("train", ready(output_dir=folder))
     return folder
 
 
@@ -194,7 +185,7 @@ def disk():
 
 @pytest.mark.parametrize("stop, says", [(KeyboardInterrupt, None), (torch.OutOfMemoryError, r"gpu_memory to 10\.0")])
 def test_a_training_cell_that_was_stopped_goes_on_when_it_is_run_again(ready, undisturbed, tmp_path, stop, says):
-    nb = ready(tmp_path / "run")
+    nb = ready(output_dir=tmp_path / "run")
     nb["memory"], watch = 11e9, Watch(nb, {2: Mock(side_effect=stop)})
     with pytest.raises((KeyboardInterrupt, MemoryError), match=says):
         run_cell("train", nb)
@@ -204,7 +195,7 @@ def test_a_training_cell_that_was_stopped_goes_on_when_it_is_run_again(ready, un
 
 def test_a_full_disk_costs_no_trained_step(ready, undisturbed, disk, tmp_path, capsys):
     """A checkpoint that fails is a line of text, and the cell is run again for an adapter that could not be saved."""
-    nb, folder, full = ready(tmp_path / "run"), tmp_path / "run", partial(disk, 100_000)
+    nb, folder, full = ready(output_dir=tmp_path / "run"), tmp_path / "run", partial(disk, 100_000)
     watch = Watch(nb, {0: full, 2: disk, 3: full})
     with pytest.raises(Exception, match="large"):  # each library has an error of its own
         run_cell("train", nb)
@@ -225,7 +216,7 @@ def test_a_run_goes_on_from_its_newest_whole_checkpoint(ready, undisturbed, tmp_
     (folder / "checkpoint-4" / "scheduler.pt").unlink()
     torch.save(torch.amp.GradScaler("cpu").state_dict(), folder / "checkpoint-3" / "scaler.pt")
     monkeypatch.setattr(torch, "load", load)
-    nb = ready(folder)
+    nb = ready(output_dir=folder)
     watch = Watch(nb)
     run_cell("train", nb)
     restricted = {Path(str(call.args[0])).name: call.kwargs.get("weights_only") for call in load.call_args_list}
@@ -236,7 +227,7 @@ def test_a_run_goes_on_from_its_newest_whole_checkpoint(ready, undisturbed, tmp_
 @pytest.mark.parametrize("max_steps", [2, 4])
 def test_a_loss_that_is_no_number_ends_the_run_in_one_sentence(ready, tmp_path, max_steps):
     """Two steps show it in the last evaluation only. Running the cell again does not pass it off as trained."""
-    nb = ready(tmp_path / "run", learning_rate=1e30, max_steps=max_steps)
+    nb = ready(output_dir=tmp_path / "run", learning_rate=1e30, max_steps=max_steps)
     with pytest.raises(FloatingPointError, match="learning_rate"):
         run_cell("train", nb)
     with pytest.raises((FloatingPointError, AssertionError)):
@@ -245,7 +236,7 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_sentence(ready, tmp_path, 
 
 
 def test_two_steps_of_which_one_warms_up_are_a_training(ready, tmp_path):
-    nb = ready(tmp_path / "run", max_steps=2)
+    nb = ready(output_dir=tmp_path / "run", max_steps=2)
     run_cells("train", "what-it-came-to", nb)
     assert nb["run"]["trained"] == nb["run"]["merged"] == 2
     nb["run"]["logps"] = {name: [pair[::-1] for pair in pairs] for name, pairs in nb["run"]["logps"].items()}
@@ -272,30 +263,22 @@ def silence(handler):
 FAULTS = [401, 403, 503, cut, silence]
 
 
-@pytest.fixture
-def fail(monkeypatch):
-    """Makes a request of the local Hub fail; what it returns lets it work again."""
-    monkeypatch.setattr(Handler, "silent", threading.Event(), raising=False)
+@contextmanager
+def failing(request, fault, times=99):
+    """A request of the local Hub fails, so many times at most."""
+    real, left, Handler.silent = getattr(Handler, request), [fault] * times, threading.Event()
 
-    def fail(request, fault, times=99):
-        real, left = getattr(Handler, request), [fault] * times
+    def faulty(self, *arguments, **options):
+        if not left:
+            return real(self, *arguments, **options)
+        if callable(left.pop()):
+            fault(self)
+        raise Failure(fault, "so it goes")
 
-        def faulty(self, *arguments, **options):
-            if not left:
-                return real(self, *arguments, **options)
-            if callable(left.pop()):
-                fault(self)
-            raise Failure(fault, "so it goes")
-
-        def mend():
-            assert len(left) < times
-            Handler.silent.set()
-            left.clear()
-
-        monkeypatch.setattr(Handler, request, faulty)
-        return mend
-
-    return fail
+    with patch.object(Handler, request, faulty):
+        yield
+    assert len(left) < times
+    Handler.silent.set()
 
 
 @pytest.fixture
@@ -327,7 +310,7 @@ def assert_sentence(text, fault):
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("request_name", ["preupload", "lfs_batch", "lfs_upload", "commit"])
-def test_a_fault_of_the_hub_in_the_push(finished, hub, fail, monkeypatch, capsys, request_name, fault):
+def test_a_fault_of_the_hub_in_the_push(finished, hub, monkeypatch, capsys, request_name, fault):
     """It stops nothing after the training, is one sentence at the end, and then goes through with nothing sent twice."""
     upload, sent = Handler.lfs_upload, []
 
@@ -337,15 +320,14 @@ def test_a_fault_of_the_hub_in_the_push(finished, hub, fail, monkeypatch, capsys
 
     monkeypatch.setattr(Handler, "lfs_upload", counted)
     run_cell("accounts", finished)
-    mend = fail(request_name, fault)
     capsys.readouterr()
-    run_cell("push-adapter", finished)
-    assert_sentence(capsys.readouterr().out, fault)
-    with pytest.raises(ConnectionError) as error:
-        run_cell("push", finished)
+    with failing(request_name, fault):
+        run_cell("push-adapter", finished)
+        assert_sentence(capsys.readouterr().out, fault)
+        with pytest.raises(ConnectionError) as error:
+            run_cell("push", finished)
     assert_sentence(str(error.value), fault)
     assert fault != silence or all(finished["patience"]), "it would be waited for without end"
-    mend()
     run_cell("push", finished)
     assert len(sent) == len(set(sent)), "a file was sent twice"
     for place in ("merged/model.safetensors", "adapter/adapter_model.safetensors", "curves/loss.png"):
@@ -355,19 +337,18 @@ def test_a_fault_of_the_hub_in_the_push(finished, hub, fail, monkeypatch, capsys
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("request_name", ["whoami", "create", "info"])
-def test_a_hub_that_does_not_answer_yet_stops_nothing(finished, hub, fail, capsys, request_name, fault):
+def test_a_hub_that_does_not_answer_yet_stops_nothing(finished, hub, capsys, request_name, fault):
     """A finished run goes on through all its cells, knows which commit it is of, and is pushed later."""
-    mend = fail(request_name, fault)
-    for cell in ("accounts", "push-adapter", "push"):
-        capsys.readouterr()
-        run_cell(cell, finished)
-        if cell != "push-adapter":
+    with failing(request_name, fault):
+        for cell in ("accounts", "push"):
+            capsys.readouterr()
+            run_cell(cell, finished)
             assert_sentence(capsys.readouterr().out.splitlines()[0], fault)
-    if fault in (503, cut, silence):
-        run_cell("sources", finished)
-        assert finished["base_revision"] == hub.head(("model", "some/base"))[0]
+            run_cell("push-adapter", finished)
+        if fault in (503, cut, silence):
+            run_cell("sources", finished)
+            assert finished["base_revision"] == hub.head(("model", "some/base"))[0]
     assert fault != silence or all(finished["patience"]), "it would be waited for without end"
-    mend()
     run_cell("push", finished)
     assert (pushed(hub, finished["new_model"]) / "model.safetensors").exists()
 
@@ -389,12 +370,11 @@ def test_a_public_repository_is_not_pushed_to_unasked(finished, hub):
         run_cell("accounts", finished)
 
 
-def test_a_hub_that_answers_late_gets_a_card_that_names_the_repository(hub, uncut, fail, tmp_path):
+def test_a_hub_that_answers_late_gets_a_card_that_names_the_repository(hub, uncut, tmp_path):
     folder = tmp_path / "late"
     shutil.copytree(uncut[2] / "dpo_run", folder / "dpo_run")
-    mend = fail("create", 503, times=1)
-    finish(hub.start(folder), folder)
-    mend()
+    with failing("create", 503, times=1):
+        finish(hub.start(folder), folder)
     assert f'model="{hub.user}/late"' in read(pushed(hub, "late") / "README.md")
 
 
@@ -425,10 +405,8 @@ def test_wandb_down_or_key_wrong(hub, tmp_path, monkeypatch, capfd, status):
 
 
 def assert_nowhere(folder, *secrets):
-    for path in folder.rglob("*"):
-        if path.is_file():
-            data = path.read_bytes()
-            assert not [secret for secret in secrets if secret.encode() in data], path
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        assert not any(secret.encode() in path.read_bytes() for secret in secrets), path
 
 
 def test_token_and_key_show_nowhere(uncut, hub):
