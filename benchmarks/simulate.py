@@ -80,9 +80,9 @@ class Machine(TorchDispatchMode):
             self.now += size
             self.peak = max(self.peak, self.now)
 
-    def launch(self, products=0):
-        self.busy = True
-        self.counts.update(kernels=1, products=products)
+    def launch(self, kernels=1, products=0):
+        self.busy |= kernels
+        self.counts.update(kernels=kernels, products=products)
 
     def wait(self):
         self.counts["waits"] += self.busy  # waiting for a GPU that has nothing to do costs nothing
@@ -109,9 +109,7 @@ class Machine(TorchDispatchMode):
         with contextlib.nullcontext() if imagined else unset_fake_temporarily():
             out = func(*args, **kwargs)
         silent = func.is_view or func.namespace == "prim" or func.__name__.startswith(("_unsafe_view", "empty"))
-        if imagined and not silent:
-            self.launch()
-        self.counts["products"] += self.products(func, args, kwargs, out)
+        self.launch(imagined and not silent, self.products(func, args, kwargs, out))
         for x in filter(torch.is_tensor, tree_leaves(out)):
             self.hold(x)
         return out
@@ -148,13 +146,14 @@ class Machine(TorchDispatchMode):
             return aten._scaled_dot_product_efficient_attention(query, key, value, *kept, is_causal, scale=scale)[0]
 
         def add_product(total, *factors):  # of 16 bits, added to float32 in place
-            self.launch(self.products(aten.mm.default, factors, {}, total))
+            self.launch(1, self.products(aten.mm.default, factors, {}, total))
 
         return {
             "torch.cuda.is_available": lambda: True,
             "torch.cuda.get_device_capability": lambda *_: (7, 5) if dtype == torch.float16 else (8, 0),
             "torch.nn.functional.scaled_dot_product_attention": attention,
-            "torch.is_autocast_enabled": lambda *_: True,  # PEFT asks for CUDA's
+            # PEFT asks for that of CUDA; autocast itself asks, with a name, what to go back to.
+            "torch.is_autocast_enabled": lambda *kind, plain=torch.is_autocast_enabled: not kind or plain(*kind),
             "torch.Tensor.cpu": lambda x: self.wait() or x,
             "trl.trainer.utils._use_triton": lambda device: True,
             "trl.kernels.chunked_logprob._forward_tile": lambda *_, **__: self.launch(),  # Triton's, in place

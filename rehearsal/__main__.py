@@ -38,7 +38,9 @@ PARAMETERS = dict(
     warmup_steps=5,
     max_length=256,
 )
-REAL = PARAMETERS | dict(base_model=NAME, eval_pairs=32, learning_rate=2e-4, pairs_per_step=8, max_steps=40)
+# A real model says neither of a pair's two answers by itself: "+sft" makes it say the chosen one, and not only prefer it.
+REAL = PARAMETERS | dict(base_model=NAME, eval_pairs=32, learning_rate=5e-4, pairs_per_step=8, max_steps=40)
+REAL |= dict(loss_type="sigmoid+sft")
 SETTINGS = {
     # Bars and warnings of the libraries would fill the page that is to be read.
     "TQDM_DISABLE": "1",
@@ -102,7 +104,7 @@ def summary(output, hub, seconds):
     losses, accuracies = ([entry[f"eval_{key}"] for entry in evaluated] for key in ("loss", "rewards/accuracies"))
     pushed = len(list(hub.folder(f"{hub.user}/{TUNED}").rglob("*.safetensors")))
     return f"""Pairs:      {sum(run["dropped"].values())} rows dropped; the notebook shows why
-Loss:       held-out, {losses[0]:.4f} before training (ln 2, by definition), {losses[-1]:.4f} after
+Loss:       held-out, {losses[0]:.4f} before training, {losses[-1]:.4f} after
 Rewards:    held-out accuracy {accuracies[0]:.1%} before training (a tie, by definition), {accuracies[-1]:.1%} after
 Ranking:    chosen answer likelier per token on held-out pairs: base {share["base"]}, tuned {share["trained"]}, merged {share["merged"]}
 Hub:        {hub.user}/{TUNED}, private, {pushed} safetensors files
