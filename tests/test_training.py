@@ -116,10 +116,10 @@ def test_a_run_that_learns_nothing_is_told(prepare):
     assert "trained" not in nb["run"]
 
 
-def test_the_first_loss_of_other_losses(prepare):
+def test_the_first_loss_of_other_losses(prepare, tmp_path):
     """ipo and apo_zero begin elsewhere than at ln 2, and a sum with sft where the model stands."""
     for loss_type in ("ipo", "apo_zero", "sigmoid+sft"):
-        nb = prepare(load_in_4bit=False, loss_type=loss_type, output_dir=f"{loss_type}_run")
+        nb = prepare(load_in_4bit=False, loss_type=loss_type, output_dir=str(tmp_path / loss_type))
         run_cells("free", "held-out", train(nb))
 
 
