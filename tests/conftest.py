@@ -32,6 +32,13 @@ def pytest_configure(config):
     for name, what in needed.items():
         config.addinivalue_line("markers", f"{name}: {what}; pytest -m {name}")
     config.option.markexpr = config.option.markexpr or "not recipes and not colab"
+    config.option.loadscopereorder = False  # pytest-xdist would begin with the files that have most tests
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest go first, so that no process is left alone with one of them."""
+    slow = ["test_real_model.py", "test_rehearsal.py", "test_processes.py", "test_recipes.py", "test_survival.py"]
+    items.sort(key=lambda item: slow.index(item.path.name) if item.path.name in slow else len(slow))
 
 
 @pytest.fixture(scope="session")
