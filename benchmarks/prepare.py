@@ -2,9 +2,9 @@
 
     python benchmarks/prepare.py [--rows 12859]      # a GPU is of no use here
 
-Both ways run one after the other, each in a process of its own on one core, on the same rows: words that are one token
-each for SmolLM2's tokenizer, in the token lengths of Intel/orca_dpo_pairs. The model is tiny, so that only the pairs
-take time. Loading the model is left out, and so are the imports.
+Both ways run one after the other, each in a process of its own on one core, on the same rows: pieces of Python's own
+documentation in the token lengths of Intel/orca_dpo_pairs, for SmolLM2's tokenizer. The model is tiny, so that only the
+pairs take time. Loading the model is left out, and so are the imports.
 """
 
 import argparse
@@ -19,8 +19,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from pydoc_data.topics import topics
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
+SYSTEM = "You are a helpful assistant, who always provides explanation."
 os.environ |= dict(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", TQDM_DISABLE="1", MPLBACKEND="Agg")
 
 
@@ -37,15 +39,16 @@ def make(folder, count):
     config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=8192, **shape)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "tiny")
     tokenizer.save_pretrained(folder / "tiny")
-    words = [
-        token[1:] for token in tokenizer.get_vocab() if token[0] == "Ġ" and token[1:].isascii() and token[1:].isalpha()
-    ]
-    words, rng = sorted(words), random.Random(0)
+    prose = tokenizer("\n\n".join(topics.values()), add_special_tokens=False).input_ids
+    rng = random.Random(0)
+
+    def text(length):
+        start = rng.randrange(len(prose) - length)
+        return tokenizer.decode(prose[start : start + length])
+
     with open(folder / "pairs.jsonl", "w") as file:
         for lengths in draw_lengths("orca", count, 0):
-            system = "You are a helpful assistant, who always provides explanation."
-            texts = [" ".join(rng.choices(words, k=length)) for length in lengths]
-            row = dict(zip(("question", "chosen", "rejected"), texts, strict=True), system=system)
+            row = dict(zip(("question", "chosen", "rejected"), map(text, lengths), strict=True), system=SYSTEM)
             file.write(json.dumps(row) + "\n")
 
 

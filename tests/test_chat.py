@@ -114,7 +114,7 @@ def read(base_model, *pairs, to="rows"):
     """The namespace after the cells that read pairs and write them through the template."""
     nb = dict(base_model=base_model, base_revision=None, raw=list(pairs), max_length=3000, run={"day": "2026-01-02"})
     nb = run_cells("read-pair", to, nb | dict(os=os, date=date, Path=Path))
-    return nb | {"rows": [*nb["rows"].values()]} if to == "rows" else nb
+    return nb | {"rows": [*nb["pairs"].values()]} if to == "rows" else nb
 
 
 def squeezed(text):

@@ -157,7 +157,7 @@ def test_one_bad_row_costs_one_row(name, read):
     layout, row, word = UNREADABLE[name]
     nb = read(LAYOUTS[layout][1], row, LAYOUTS[layout][1])
     reason, duplicate = sorted(nb["dropped"], key="a duplicate".__eq__)
-    assert len(nb["rows"]) == nb["dropped"][reason] == nb["dropped"][duplicate] == 1 and word in reason
+    assert len(nb["pairs"]) == nb["dropped"][reason] == nb["dropped"][duplicate] == 1 and word in reason
 
 
 def test_what_is_dropped_is_counted(read):
@@ -172,7 +172,7 @@ def test_what_is_dropped_is_counted(read):
     ]
     nb = read(*good, *odd)
     last_words = {reason.split()[-1]: count for reason, count in nb["dropped"].items()}
-    assert last_words == {"duplicate": 1, "same": 1, "answer": 1, "text": 2, "tokens": 1} and len(nb["rows"]) == 10
+    assert last_words == {"duplicate": 1, "same": 1, "answer": 1, "text": 2, "tokens": 1} and len(nb["pairs"]) == 10
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
@@ -181,7 +181,7 @@ def test_distilabel_filter(ending, read):
     changes = [{}, {"status": "tie"}, {"chosen_score": 7.5}, {"chosen_score": None}, {"in_gsm8k_train": True}]
     changes += [{"status": "swapped", "chosen_score": 8.0}]
     nb = read(*({"input": str(i), **YZ, **judged, **change} for i, change in enumerate(changes)), ending=ending)
-    assert len(nb["rows"]) == 2 and list(nb["dropped"].values()) == [4]
+    assert len(nb["pairs"]) == 2 and list(nb["dropped"].values()) == [4]
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
