@@ -33,13 +33,13 @@ PARAMETERS = dict(
     dataset_id=DATASET,
     new_model=TUNED,
     eval_pairs=64,
-    learning_rate=8e-4,
-    max_steps=40,
+    learning_rate=5e-4,
+    max_steps=50,
     warmup_steps=5,
     max_length=256,
 )
 # A real model says neither of a pair's two answers by itself: "+sft" makes it say the chosen one, and not only prefer it.
-REAL = PARAMETERS | dict(base_model=NAME, eval_pairs=32, learning_rate=5e-4, pairs_per_step=8)
+REAL = PARAMETERS | dict(base_model=NAME, eval_pairs=32, pairs_per_step=8, max_steps=40)
 REAL |= dict(loss_type="sigmoid+sft")
 SETTINGS = {
     # Bars and warnings of the libraries would fill the page that is to be read.

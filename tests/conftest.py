@@ -37,8 +37,9 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """The files that take longest go first, so that no process is left alone with one of them."""
-    slow = ["test_real_model.py", "test_rehearsal.py", "test_processes.py", "test_recipes.py", "test_survival.py"]
-    items.sort(key=lambda item: slow.index(item.path.name) if item.path.name in slow else len(slow))
+    slow = "real_model rehearsal processes recipes survival training speed simulate merge copyable".split()
+    place = {f"test_{name}.py": i for i, name in enumerate(slow)}
+    items.sort(key=lambda item: place.get(item.path.name, len(slow)))
 
 
 @pytest.fixture(scope="session")

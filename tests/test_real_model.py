@@ -8,7 +8,7 @@ from notebook import CELLS
 from rehearsal.__main__ import REAL, TUNED, rehearse
 from rehearsal.real import NAME, make_real_model
 
-FEW = dict(eval_pairs=6, max_steps=2, warmup_steps=0, pairs_per_step=4, loss_type="sigmoid")
+FEW = dict(eval_pairs=4, max_steps=2, warmup_steps=0, pairs_per_step=4, loss_type="sigmoid")
 
 
 @pytest.fixture(scope="module")

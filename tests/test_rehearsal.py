@@ -214,7 +214,7 @@ def push(run, hub_id):
 from pathlib import Path
 from types import SimpleNamespace
 from notebook import run_cells
-nb = run_cells("install", "accounts", new_model="{hub_id}", output_dir={str(run)!r}, max_steps=40, warmup_steps=5)
+nb = run_cells("install", "accounts", new_model="{hub_id}", output_dir={str(run)!r}, max_steps=50, warmup_steps=5)
 card = SimpleNamespace(save=lambda path: None)  # it is there already
 nb |= dict(model_card=lambda *_: card, public=nb["run"], tables={{}})
 run_cells("push-adapter", "push-adapter", nb)
@@ -234,7 +234,7 @@ def test_push_again_after_a_failed_commit(hub, run, tmp_path, monkeypatch):
     commit, failed = Handler.commit, []
 
     def fail_once(self, key, revision):
-        if "safetensors" in (body := b"".join(self.body)).decode() and not failed:
+        if '"model.safetensors"' in (body := b"".join(self.body)).decode() and not failed:
             failed.append(key)
             raise Failure(503, "Service unavailable")
         self.body = iter([body])
