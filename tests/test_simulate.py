@@ -9,6 +9,7 @@ import torch
 from notebook import NOTEBOOK, ROOT, alone
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MistralConfig
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from benchmarks import simulate
 
@@ -64,6 +65,16 @@ def test_the_arithmetic_of_memory(dtype, checkpointed):
     matrix = 2 * config.hidden_size * config.intermediate_size
     assert alive <= predicted + matrix * (checkpointed == 4)
     assert predicted - weights <= 1.12 * (alive - weights)
+
+
+def test_what_trls_head_keeps_on_a_cpu():
+    """Eight tiles of float32, as the notebook's plan has it: bytes alive at the most, forward and backward, on real tensors."""
+    tokens, words = 512, 1000
+    hidden, head = torch.randn(tokens, 8, requires_grad=True), torch.randn(words, 8)
+    with simulate.Machine() as machine:
+        scored = ChunkedLogProbFunction.apply(hidden, head, None, torch.zeros(tokens).long(), 1.0, words, None, 1.0, ())
+        scored[0].sum().backward()
+    assert machine.peak == pytest.approx(8 * 4 * tokens * words, rel=0.15)
 
 
 def test_dtypes_that_differ_are_refused(monkeypatch):

@@ -345,7 +345,7 @@ def test_what_is_trained_is_what_was_planned(prepare, much, share_prompt):
     nb = prepare(share_prompt=share_prompt)
     if not much:
         least = nb["step_memory"](nb["config"], 2 * nb["longest"], 2 * nb["longest"], 2, **nb["kind"]).max()
-        nb["memory"] = 2.3 * (nb["fixed"] + least)  # of which a CPU plans with 0.45
+        nb["memory"] = 1.6 * (nb["fixed"] + least)  # of which a CPU plans with 0.65
         rebuild(run_cell("split-of-a-step", nb))
     trainer, at_once, seen = nb["trainer"], nb["at_once"], []
     args, parts = trainer.args, zip(*[map(nb["rows"].__getitem__, nb["order"])] * at_once, strict=True)
@@ -422,7 +422,7 @@ def test_the_split_of_a_step():
     assert set(split(memory=12e9, sharded=True)["batches"][-1]) == {32}
     cpu = dict(on_gpu=False, memory=None)
     assert split(**cpu, free_memory=lambda: 400e9)["at_once"] == 4
-    assert split(**cpu, free_memory=lambda: 16e9)["again"] > 0
+    assert split(**cpu, free_memory=lambda: 20e9)["again"] > 0
     with pytest.raises(AssertionError, match="divisible by 3"):
         split(processes=processes(3))
     with pytest.raises(AssertionError, match="max_length"):
@@ -445,7 +445,9 @@ def test_memory_that_runs_out_is_one_sentence(prepare):
 def test_the_arithmetic_of_the_weights(prepare, load_in_4bit):
     nb = prepare("chatml", load_in_4bit=load_in_4bit)
     weights = nb["model"].get_memory_footprint() - 4 * nb["adapter_size"]
-    assert nb["fixed"] - 16 * nb["adapter_size"] == pytest.approx(weights, rel=0.05 if load_in_4bit else 1e-3)
+    assert nb["fixed"] - nb["own"] - 16 * nb["adapter_size"] == pytest.approx(
+        weights, rel=0.05 if load_in_4bit else 1e-3
+    )
 
 
 @pytest.mark.parametrize("checkpointed", [0, 2, 6])
