@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from huggingface_hub import ModelCard
-from notebook import CELLS
+from notebook import CELLS, run_cells
 from test_tokenizer import CHAT, TRUE_IDS
 
 from rehearsal.__main__ import rehearse
@@ -67,6 +67,15 @@ def test_the_notebook_is_unchanged_and_shows_every_choice(rehearsal):
     }
     expected |= {f"plot-{name}": "image/png" for name in ("loss", "rewards", "margins", "accuracies")}
     assert [name for name, text in expected.items() if text not in shown[name]] == []
+
+
+def test_a_question_is_on_one_side_whatever_its_system_turn(rehearsal, tmp_path):
+    made, parameters = rehearsal[0] / "made", dict(eval_pairs=64, max_length=256, output_dir=str(tmp_path))
+    sources = dict(base_model=str(made / "model"), dataset_id=str(made / "pairs" / "train.jsonl"))
+    nb = run_cells("install", "split", **sources, **parameters)
+    asked = [nb["tokenizer"].decode(ids).rpartition("user\n")[2] for ids in nb["rows"]["prompt_ids"]]
+    train, held_out = ({asked[i] for i in nb[name]} for name in ("train", "held_out"))
+    assert len(set(asked)) < len(asked) and not train & held_out
 
 
 def test_card(run, record):
