@@ -123,9 +123,8 @@ def test_evaluate(hub):
     results = [json.loads(path.read_text()) for path in Path("dpo_run/evaluation").rglob("*.json")]
     assert [result["n-shot"] for result in results] == [{"tiny": 1}] * 2
 
-    shown = run(
-        f'lm_eval() {{ echo "$@"; }}; export -f lm_eval; bash recipes/evaluate/run.sh {BASE} {MERGED} tiny.yaml:1'
-    )
+    instead = 'lm_eval() { echo "$@"; }; export -f lm_eval'
+    shown = run(f"{instead}; bash recipes/evaluate/run.sh {BASE} {MERGED} tiny.yaml:1")
     asked = [re.sub(r",revision=\w+", "", line) for line in asked]
     assert [sorted(line.split()) for line in asked] == [sorted(line.split()) for line in shown.splitlines()]
 
