@@ -1,38 +1,34 @@
-"""Tiny chat models of four families, with random weights: what tells the families apart is tokenizer and template."""
+"""What the tests have in place of the Hub and of its models: chat models of four families, tiny, with random weights.
+
+What tells the families apart is tokenizer and template.
+"""
 
 import json
+from contextlib import contextmanager
+from functools import cache
+from io import BytesIO
 from pathlib import Path
 
+import pytest
 import sentencepiece
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+import trl
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
+
+from rehearsal.hub import Hub
 
 TEXT = (Path(__file__).parents[1] / "LICENSE").read_text()
-
+TEMPLATES = {path.stem: path.read_text() for path in sorted(Path(trl.__file__).parent.glob("chat_templates/*.jinja"))}
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 # Qwen's own habit: a system turn of its own where the conversation brings none.
-QWEN = (
+OWN_SYSTEM = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are Qwen.<|im_end|>\\n' }}{% endif %}"
-    + CHATML
 )
-# Writes its own bos, and trims what it is given.
-LLAMA3 = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
-    " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
-)
+QWEN = OWN_SYSTEM + CHATML
 # Refuses a system turn, and its marks are plain text rather than special tokens.
 MISTRAL_INSTRUCT = (
     "{{ bos_token }}{% for message in messages %}"
@@ -41,60 +37,41 @@ MISTRAL_INSTRUCT = (
     "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
-
+# What Llama 3 and Qwen take for words.
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SIZE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 
 
-def byte_level(folder, special, **settings):
-    """A byte-level BPE tokenizer as Llama 3 and Qwen have them, saved as tokenizer.json."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+@cache
+def byte_pairs():
+    """A byte-level BPE tokenizer with the words of Llama 3 and Qwen, as text."""
+    core, level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), level])
     core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        [TEXT],
-        trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, special_tokens=special, show_progress=False),
-    )
-    if bos := settings.get("bos_token"):
-        core.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))]
-        )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **settings)
+    trainer = trainers.BpeTrainer(vocab_size=695, initial_alphabet=level.alphabet(), show_progress=False)
+    core.train_from_iterator([TEXT], trainer)
+    return core.to_str()
+
+
+def byte_level(folder, template, special, **named):
+    """Saves a byte-level tokenizer, which puts bos before a text if the template does."""
+    core = Tokenizer.from_str(byte_pairs())
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template, **named)
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.add_tokens(["<think>", "</think>"])
+    if "bos_token" in template:
+        bos = tokenizer.bos_token
+        single = dict(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(**single)
     tokenizer.save_pretrained(folder)
-    return len(tokenizer)
 
 
-def write_sentencepiece_repository(folder, model_file, added, **settings):
-    """What an old Llama-style repository holds: tokenizer.model and its settings, no tokenizer.json."""
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model_file)).get_piece_size()
-    tokens = {0: "<unk>", 1: "<s>", 2: "</s>", **{pieces + i: token for i, token in enumerate(added)}}
-    flags = dict(lstrip=False, normalized=False, rstrip=False, single_word=False, special=True)
-    config = {
-        "tokenizer_class": "LlamaTokenizer",
-        "legacy": True,
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "bos_token": "<s>",
-        "unk_token": "<unk>",
-        "added_tokens_decoder": {str(i): {"content": token, **flags} for i, token in tokens.items()},
-        **settings,
-    }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.model").write_bytes(Path(model_file).read_bytes())
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "added_tokens.json").write_text(json.dumps({token: pieces + i for i, token in enumerate(added)}))
-    return pieces + len(added)
-
-
-def small_sentencepiece(folder):
-    """A sentencepiece BPE model of the kind that Llama and Mistral use, with a small vocabulary."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+def small_sentencepiece():
+    """A sentencepiece BPE model of the kind that Llama and Mistral use, with a small vocabulary: its file."""
+    written = BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT.split("\n")),
-        model_prefix=str(folder / "tokenizer"),
+        model_writer=written,
         model_type="bpe",
         vocab_size=600,
         byte_fallback=True,
@@ -104,33 +81,54 @@ def small_sentencepiece(folder):
         split_digits=True,
         minloglevel=2,
     )
-    return folder / "tokenizer.model"
+    return written.getvalue()
+
+
+def write_sentencepiece_repository(folder, model_file, added=(), **settings):
+    """What an old Llama-style repository holds: tokenizer.model and its settings, no tokenizer.json."""
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model_file).get_piece_size()
+    tokens = {0: "<unk>", 1: "<s>", 2: "</s>", **dict(enumerate(added, start=pieces))}
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "bos_token": "<s>"}
+    config["added_tokens_decoder"] = {i: {"content": token, "special": True} for i, token in tokens.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(model_file)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | settings))
 
 
 def make(family, folder):
     """Saves a tiny model of `family` ("chatml", "llama3", "qwen", "mistral-instruct") in `folder`."""
-    torch.manual_seed(0)
+    config = MistralConfig
     if family == "llama3":
-        special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-        vocabulary = byte_level(
-            folder, special, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", chat_template=LLAMA3
-        )
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, bos_token_id=0, eos_token_id=4, **SIZE))
+        config = LlamaConfig
+        special = "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>".split()
+        byte_level(folder, TEMPLATES["llama3"], special, bos_token=special[0], eos_token=special[-1])
     elif family == "qwen":
-        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-        vocabulary = byte_level(folder, special, pad_token="<|endoftext|>", eos_token="<|im_end|>", chat_template=QWEN)
-        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=vocabulary, bos_token_id=0, eos_token_id=2, **SIZE))
+        config = Qwen2Config
+        byte_level(folder, QWEN, ["<|im_start|>"], pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    elif family == "chatml":
+        settings = dict(added=["<|im_end|>", "<|im_start|>"], eos_token="<|im_end|>", pad_token="</s>")
+        write_sentencepiece_repository(folder, small_sentencepiece(), chat_template=CHATML, **settings)
     else:
-        chatml = family == "chatml"
-        vocabulary = write_sentencepiece_repository(
-            folder,
-            small_sentencepiece(Path(folder) / "training"),
-            added=["<|im_end|>", "<|im_start|>"] if chatml else [],
-            eos_token="<|im_end|>" if chatml else "</s>",
-            pad_token="</s>" if chatml else None,
-            chat_template=CHATML if chatml else MISTRAL_INSTRUCT,
-        )
-        config = MistralConfig(vocab_size=vocabulary, bos_token_id=1, eos_token_id=600 if chatml else 2, **SIZE)
-        model = MistralForCausalLM(config)
-    model.to(torch.float16).save_pretrained(folder)
+        settings = dict(eos_token="</s>", chat_template=MISTRAL_INSTRUCT)
+        write_sentencepiece_repository(folder, small_sentencepiece(), **settings)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(vocab_size=len(tokenizer), **ends, **SIZE), dtype=torch.float32)
+    model.half().save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def local_hub(root):
+    """A local Hub, which this process takes for the Hub meanwhile, with caches of its own."""
+    with Hub(root) as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub.root / "cache"))
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", hub.root / "datasets")
+        patch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        patch.setattr("huggingface_hub.hf_api.api.endpoint", hub.url)
+        patch.setattr("transformers.utils.hub._hf_api", None)  # which keeps its endpoint
+        patch.setattr("datasets.config.HF_ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield hub

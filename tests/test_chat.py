@@ -1,29 +1,25 @@
 """What is trained is written through the chat template, begins and ends once, and is what will be asked."""
 
-import json
 import os
 import re
 import shutil
 from datetime import date
-from functools import cache
 from itertools import cycle
 from pathlib import Path
 
 import pytest
-import trl
+import standins
 from notebook import alone, run_cell, run_cells
-from standins import CHATML, LLAMA3, MISTRAL_INSTRUCT, QWEN, TEXT
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from standins import CHATML, MISTRAL_INSTRUCT, QWEN
+from transformers import AutoTokenizer
 
-TEMPLATES = {path.stem: path.read_text() for path in sorted(Path(trl.__file__).parent.glob("chat_templates/*.jinja"))}
-TEMPLATES = {name: text for name, text in TEMPLATES.items() if not name.endswith("_training")}
+TEMPLATES = {name: text for name, text in standins.TEMPLATES.items() if not name.endswith("_training")}
 # Two open a reasoning when asked and write none down; the others take lists of parts only, for their images.
 REFUSED = {"deepseek_r1_distill", "deepseekv3", "idefics3", "llava_next", "smolvlm"}
 THINKING = {f"nemotron_3_{size}" for size in ("nano", "super", "ultra", "5_lightning")}
-THINKING |= {"qwen3_5_think", "qwen3_6", "qwen3_8"}  # open a reasoning when asked, unless enable_thinking is false
+THINKING |= {"qwen3_5_think", "qwen3_6"}  # open a reasoning when asked, unless enable_thinking is false
 # Writes a system turn before the last user turn only.
-MISTRAL_V3 = (
+TEMPLATES["mistral_v3"] = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system, messages = messages[0], messages[1:] %}"
     "{% endif %}{% for message in messages %}{% if message['role'] == 'user' %}[INST] {% if loop.last and system %}"
     "{{ system['content'] + '\\n\\n' }}{% endif %}{{ message['content'] }}[/INST]{% else %}"
@@ -34,8 +30,6 @@ SKIPPING = CHATML.replace("messages %}", "messages if message['content'] != '42'
 OPENING = CHATML.replace("assistant\\n' }}", "assistant\\n' }}{% if messages | length > 1 %}{{ 'So' }}{% endif %}")
 DATED = CHATML.replace("{% for", "{{ strftime_now('%d %b %Y') }}{% for", 1)
 SWITCHED = DATED.replace("assistant\\n'", "assistant\\n' + ('' if enable_thinking is false else '<think>')")
-# The words of Llama 3 and Qwen.
-WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ANSWERS = ("It flies.", "A stone.")
 REASONED = ("<think>\nHm.\n</think>\n\nIt flies.", "<think>\nHo.\n</think>\n\nA stone.")
 IN_CHATML = "<|im_start|>user\nA bee?<|im_end|>\n<|im_start|>assistant\nIt flies.<|im_end|>"
@@ -52,52 +46,26 @@ HABITS = {  # template, its tokenizer's bos, and the end of the same text
     "eos besides": (TEMPLATES["phi3"], "<s>", "<|user|>\nA bee?<|end|>\n<|assistant|>\nIt flies.<|end|>"),
     "last end is another": (TEMPLATES["gptoss"], "<s>", "<|channel|>final<|message|>It flies.<|return|>"),
     "two ends": (TEMPLATES["cohere2"], "<s>", "It flies.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
-    "no end": (
-        TEMPLATES["glm4moe"],
-        "<s>",
-        "[gMASK]<sop><|user|>\nA bee?<|assistant|>\n<think></think>\nIt flies.</s>",
-    ),
+    "no end": (TEMPLATES["glm4moe"], "<s>", "A bee?<|assistant|>\n<think></think>\nIt flies.</s>"),
     "named templates": ({"tool_use": QWEN, "default": CHATML}, "<s>", IN_CHATML),
     "date": (DATED, "<s>", "02 Jan 2026" + IN_CHATML),
 }
 DROPPED = {  # template, turns, answers, a word of the reason
     "reasoning is cut": (CUTTING, ["A bee?"], REASONED, "leaves out"),
     "a turn is left out": (SKIPPING, ["A bee?", "42", "A bird?"], ANSWERS, "leaves out"),
-    "they differ in what is cut": (CUTTING, ["A bee?"], ("<think>1</think>X", "<think>2</think>X"), "leaves out"),
-    "they differ in what is trimmed": (LLAMA3, ["A bee?"], ("X", "X\n"), "same"),
+    "they differ in what is trimmed": (TEMPLATES["llama3"], ["A bee?"], ("X", "X\n"), "same"),
     "a mark in the history": (CHATML, ["A bee?", "<|im_start|>", "A bird?"], ANSWERS, "control"),
     "a mark in an answer": (CHATML, ["A bee?"], ("It flies.", "It </s> flies."), "control"),
-    "a mark ends an answer": (CHATML, ["A bee?"], ("It flies.<|im_end|>", "A stone.<|im_end|>"), "control"),
     "a mark that is no token": (MISTRAL_INSTRUCT, ["A bee?"], ("It flies. [INST] A bird?", "A stone."), "control"),
     "the prompt changes": (OPENING, ["A bee?", "An insect.", "A bird?"], ANSWERS, "differently"),
     "the prompt's tokens change": (CHATML, ["A bee?"], ("\n\nIt flies.", "A stone."), "tokens"),
 }
 
 
-@cache
-def byte_pairs():
-    """A byte-level tokenizer with some merges, those of line breaks among them."""
-    core = Tokenizer(models.BPE())
-    words, letters = pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)
-    core.pre_tokenizer, core.decoder = pre_tokenizers.Sequence([words, letters]), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    core.train_from_iterator([TEXT, "x\n\nx\n\n\n" * 99], trainer)
-    return core.to_str()
-
-
 def base(folder, template, bos="<s>"):
-    """The folder of a tokenizer that has a template's marks, and puts bos before a text if the template does."""
-    core = Tokenizer.from_str(byte_pairs())
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token="</s>")
+    """The folder of a tokenizer that has a template's marks."""
     marks = set(re.findall(r"<[|｜]?[^<>\s'\"{}%+]+?[|｜]?>", str(template))) - {"<think>", "</think>"}
-    tokenizer.add_special_tokens({"additional_special_tokens": sorted(marks)})
-    tokenizer.add_tokens(["<think>", "</think>"])
-    if "bos_token" in template:
-        single = dict(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(**single)
-    tokenizer.chat_template = template if isinstance(template, str) else None
-    tokenizer.save_pretrained(folder)
+    standins.byte_level(folder, template, sorted(marks), bos_token=bos, eos_token="</s>")
     return str(folder)
 
 
@@ -110,11 +78,11 @@ def pair(*texts, answers=ANSWERS, system=None):
     return {"prompt": talk(*texts, system=system), "chosen": answers[0], "rejected": answers[1]}
 
 
-def read(base_model, *pairs, to="rows"):
+def read(base_model, *pairs):
     """The namespace after the cells that read pairs and write them through the template."""
     nb = dict(base_model=base_model, base_revision=None, raw=list(pairs), max_length=3000, run={"day": "2026-01-02"})
-    nb = run_cells("read-pair", to, nb | dict(os=os, date=date, Path=Path))
-    return nb | {"rows": [*nb["pairs"].values()]} if to == "rows" else nb
+    nb = run_cells("read-pair", "rows", nb | dict(os=os, date=date, Path=Path))
+    return nb | {"rows": [*nb["pairs"].values()]}
 
 
 def squeezed(text):
@@ -152,31 +120,15 @@ def test_families(models, family):
 @pytest.mark.parametrize("habit", HABITS)
 def test_habits_of_templates(habit, tmp_path):
     template, bos, expected = HABITS[habit]
-    folder = base(tmp_path, template, bos)
-    if isinstance(template, dict):  # as older repositories have them
-        named = [{"name": name, "template": text} for name, text in template.items()]
-        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": named}))
-    nb = read(folder, pair("A bee?"))
+    nb = read(base(tmp_path, template, bos), pair("A bee?"))
     row = nb["rows"][0]
     check(nb, row, pair("A bee?"))
-    text = nb["tokenizer"].decode([*row["prompt_ids"], *row["chosen_ids"]])
-    assert text.endswith(expected) and "strftime_now" not in nb["tokenizer"].chat_template
-    assert ("strftime_now" in nb["saved_template"]) == ("strftime_now" in str(template))
-
-
-def test_a_system_turn_that_goes_before_the_last_user_turn_only(tmp_path):
-    pairs = [pair("A bee?", system="Be brief."), pair("A bee?", "An insect.", "A bird?", system="Be brief.")]
-    nb = read(base(tmp_path, MISTRAL_V3), *pairs)
-    for row, given in zip(nb["rows"], pairs, strict=True):
-        check(nb, row, given)
-    asked = nb["tokenizer"].decode(nb["rows"][1]["prompt_ids"])
-    assert asked == "<s>[INST] Be brief.\n\nA bee?[/INST] An insect.</s>[INST] A bird?[/INST]"
+    assert nb["tokenizer"].decode([*row["prompt_ids"], *row["chosen_ids"]]).endswith(expected)
 
 
 def test_a_greeting_stays_the_assistants(models):
     """Where a system turn before it has no place of its own."""
-    fold_system = read(models["mistral-instruct"], pair("A bee?"), to="fold-system")["fold_system"]
+    fold_system = read(models["mistral-instruct"], pair("A bee?"))["fold_system"]
     turns = fold_system([*talk(system="Be brief."), {"role": "assistant", "content": "Hello."}, *talk("A bee?")])
     assert [turn["role"] for turn in turns if "Hello." in turn["content"]] == ["assistant"]
 
@@ -184,7 +136,7 @@ def test_a_greeting_stays_the_assistants(models):
 @pytest.mark.parametrize("kind", DROPPED)
 def test_what_cannot_be_trained_as_it_is_written_is_dropped(kind, tmp_path):
     template, texts, answers, word = DROPPED[kind]
-    tokenizer = read(base(tmp_path, template), pair("A bee?"), to="fold-system")["tokenizer"]
+    tokenizer = read(base(tmp_path, template), pair("A bee?"))["tokenizer"]
     encode = alone("encode")["encode"]
     assert encode(tokenizer, talk("A bee?"), *ANSWERS, 3000)
     with pytest.raises(ValueError, match=word):
@@ -220,15 +172,9 @@ def test_a_reasoning_is_opened_where_the_answers_hold_one(name, tmp_path):
     """By default, in what is saved: whoever asks for the other mode gets it still."""
     original = AutoTokenizer.from_pretrained(base(tmp_path, TEMPLATES[name]))
     for answers, mode in ((ANSWERS, False), (REASONED, True)):
-        tokenizer = read(str(tmp_path), pair("A bee?", answers=answers), to="fold-system")["tokenizer"]
+        tokenizer = read(str(tmp_path), pair("A bee?", answers=answers))["tokenizer"]
         assert ask(tokenizer) == ask(original, enable_thinking=mode)
         assert ask(tokenizer, enable_thinking=not mode) == ask(original, enable_thinking=not mode)
-
-
-@pytest.mark.parametrize("name, word", [("qwen3", "empty"), ("qwen3_6", "false"), ("qwen2_5", "as it comes")])
-def test_what_the_template_does_about_reasoning_is_said(name, word, tmp_path, capsys):
-    read(base(tmp_path, TEMPLATES[name]), pair("A bee?"), to="template")
-    assert re.search(f"Reasoning.*{word}", capsys.readouterr().out)
 
 
 def test_the_merged_model_is_asked_as_was_trained(models, prepare, tmp_path):

@@ -1,6 +1,6 @@
 """The tokenizer is the one the base model was trained with, however its repository carries it."""
 
-import json
+import shutil
 from pathlib import Path
 
 import mistral_common
@@ -9,16 +9,13 @@ import sentencepiece
 import standins
 from notebook import run_cell
 from test_chat import pair, read
-from test_pairs import on_the_hub
-from tokenizers import Tokenizer, decoders, normalizers
-from tokenizers.models import BPE
+from tokenizers import normalizers
 from transformers import AutoTokenizer, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import generate_merges
 
-from rehearsal.hub import Handler, Hub
+from rehearsal.hub import Failure, Handler
 
-MISTRAL = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
-JUDGE = sentencepiece.SentencePieceProcessor(model_file=str(MISTRAL))
+MISTRAL = (Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1").read_bytes()
+JUDGE = sentencepiece.SentencePieceProcessor(model_proto=MISTRAL)
 # Made by transformers 4.57 from OpenHermes' files, slow and fast alike: how that model was trained. The first id is bos.
 CHAT = "<|im_start|>system\nHi  you<|im_end|>\n<|im_start|>user\n def f():\n    x<|im_end|>\n<|im_start|>assistant\n"
 TRUE_IDS = [int(i) for i in (
@@ -30,25 +27,17 @@ TEXTS = ["Hello", "two  spaces   three    four", "\tif x:\n        return 1\n\n\
 def repository(folder, config=MistralConfig, **settings):
     """OpenHermes' tokenizer files: Mistral's tokenizer.model with the two ChatML tokens, no tokenizer.json."""
     settings = dict(eos_token="<|im_end|>", pad_token="</s>", chat_template=standins.CHATML, **settings)
-    standins.write_sentencepiece_repository(folder, MISTRAL, added=["<|im_end|>", "<|im_start|>"], **settings)
+    standins.write_sentencepiece_repository(folder, MISTRAL, ["<|im_end|>", "<|im_start|>"], **settings)
     config(vocab_size=32002, **standins.SIZE).save_pretrained(folder)
     return folder
 
 
 def with_tokenizer_json(folder):
-    """The same with the tokenizer.json that transformers 4 wrote: merges by score, prefix space before every stretch."""
-    repository(folder)
-    scores = [(JUDGE.id_to_piece(i), JUDGE.get_score(i)) for i in range(len(JUDGE))]
-    vocabulary = {piece: i for i, (piece, _) in enumerate(scores)}
-    merges = generate_merges(vocabulary, scores)
-    core = Tokenizer(BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    core.decoder = decoders.Sequence(steps)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings = {name: settings[name] for name in ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, add_bos_token=True, **settings)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    """The same with a tokenizer.json like that of transformers 4: a normalizer puts the space before every stretch."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(repository(folder))
+    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.backend_tokenizer.pre_tokenizer = None
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -74,7 +63,7 @@ def test_true_ids(make, tmp_path):
     assert list(row["chosen_ids"]) == [*tokenizer.encode("x\nYes.", add_special_tokens=False)[2:], 32000]
     tokenizer.save_pretrained(tmp_path / "merged")
     MistralConfig(vocab_size=32002, **standins.SIZE).save_pretrained(tmp_path / "merged")
-    for found in (load(tmp_path / "base")["tokenizer"], tokenizer, AutoTokenizer.from_pretrained(tmp_path / "merged")):
+    for found in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "merged")):
         assert found.encode(CHAT, add_special_tokens=False) == TRUE_IDS[1:]
         assert [found.encode(text, add_special_tokens=False) for text in TEXTS] == JUDGE.encode(TEXTS)
         assert [found.decode(ids) for ids in JUDGE.encode(TEXTS)] == TEXTS
@@ -88,41 +77,40 @@ def test_not_legacy(config, tmp_path):
     assert ids == [1, 32001, 1838, 13, 23809, 32000, 13]
 
 
-def test_disagreement_stops(tmp_path):
-    other = standins.small_sentencepiece(tmp_path / "other").read_bytes()
-    (with_tokenizer_json(tmp_path / "base") / "tokenizer.model").write_bytes(other)
+def test_disagreement_stops(models, tmp_path):
+    base = with_tokenizer_json(tmp_path / "base")
+    shutil.copy(f"{models['chatml']}/tokenizer.model", base)
     with pytest.raises(AssertionError, match="disagree"):
-        load(tmp_path / "base")
+        load(base)
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
+    """A local Hub, which can refuse every request for a file that has the end `hub.down`."""
+
+    def answer(handler, key, revision, path, found=Handler.resolve):
+        if path.endswith(hub.down):
+            raise Failure(503, "down")
+        found(handler, key, revision, path)
+
+    monkeypatch.setattr(Handler, "resolve", answer)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # before it tries again
-    with Hub(tmp_path / "hub") as hub:
-        on_the_hub(hub, monkeypatch)
+    with standins.local_hub(tmp_path / "hub") as hub:
+        hub.down = "nothing"
         yield hub
 
 
-def fail(monkeypatch, part):
-    """The Hub answers 503 to every request for a path that has `part` in it."""
-    for name in ("do_HEAD", "do_GET"):
-        plain = getattr(Handler, name)
-        monkeypatch.setattr(
-            Handler, name, lambda self, do=plain: self.send_error(503) if part in self.path else do(self)
-        )
-
-
 @pytest.mark.parametrize("make", [repository, with_tokenizer_json, of_llama])
-def test_a_sentencepiece_model_that_does_not_come_is_not_done_without(make, hub, tmp_path, monkeypatch):
+def test_a_sentencepiece_model_that_does_not_come_is_not_done_without(make, hub, tmp_path):
     hub.add("some/base", make(tmp_path / "base"))
-    fail(monkeypatch, "tokenizer.model")
+    hub.down = "tokenizer.model"
     with pytest.raises((AssertionError, OSError, ValueError)):
         load("some/base")
 
 
-def test_no_sentencepiece_model(hub, models, monkeypatch):
+def test_no_sentencepiece_model(hub, models):
     """Once that is known, the Hub need not be there to say it again."""
     commit, _ = hub.head(hub.add("some/base", models["qwen"]))
     assert load("some/base", commit)["model_file"] is None
-    fail(monkeypatch, "")
+    hub.down = ""
     assert load("some/base", commit)["model_file"] is None

@@ -34,55 +34,43 @@ def made_up(kind, count=120):
         yield {"question": question, "chosen": chosen, "rejected": rejected}
 
 
-@pytest.fixture
-def audited(models, tmp_path):
-    """The namespace after the audit of the pairs of a kind."""
-
-    def run(kind):
-        path = tmp_path / "pairs.jsonl"
-        path.write_text("".join(json.dumps(pair) + "\n" for pair in made_up(kind)))
-        parameters = dict(SMALL, base_model=models["qwen"], output_dir=str(tmp_path / "run"), eval_pairs=40)
-        return run_cells("install", "audit", dataset_id=str(path), **parameters)
-
-    return run
+def audit(models, tmp_path, pairs):
+    """The namespace after the audit of pairs."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    parameters = dict(SMALL, base_model=models["qwen"], output_dir=str(tmp_path / "run"), eval_pairs=40)
+    return run_cells("install", "audit", dataset_id=str(path), **parameters)
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("kind", ["length", "first token", "words of the prompt"])
-def test_a_shallow_rule_is_found_and_warned_of(audited, kind):
-    nb = audited(kind)
-    assert kind in nb["rule"] and nb["shallow"] > 0.9
-    assert "WARNING" in nb["audit"][-1]
-    assert ("Chosen longer: 100%" in nb["audit"][0]) == (kind == "length")
+def test_a_shallow_rule_is_found_and_warned_of(models, tmp_path, kind, turned):
+    pairs = list(made_up(kind))
+    if turned:  # the rule is true of the rejected answers
+        pairs = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in pairs]
+    nb = audit(models, tmp_path, pairs)
+    assert kind in nb["rule"] and nb["shallow"] > 0.9 and "WARNING" in nb["audit"][-1]
+    if kind == "length":
+        assert f"Chosen longer: {0 if turned else 100}%" in nb["audit"][0]
 
 
-def test_a_rule_may_go_the_other_way(audited, monkeypatch):
-    swapped = [dict(pair, chosen=pair["rejected"], rejected=pair["chosen"]) for pair in made_up("length")]
-    monkeypatch.setitem(globals(), "made_up", lambda kind: swapped)
-    nb = audited("length")
-    assert "Chosen longer: 0%" in nb["audit"][0] and nb["shallow"] > 0.9
-
-
-def test_pairs_that_nothing_shallow_decides_are_not_warned_of(audited):
-    nb = audited("nothing")
+def test_pairs_that_nothing_shallow_decides_are_not_warned_of(models, tmp_path):
+    nb = audit(models, tmp_path, made_up("nothing"))
     assert 0.2 < nb["shallow"] < 0.8 and len(nb["audit"]) == 2
     assert "nearly the same: 0%" in nb["audit"][0] and "both orders: 0" in nb["audit"][0]
-
-
-def test_pairs_in_both_orders_and_answers_nearly_the_same_are_counted(audited):
-    assert "both orders: 80" in audited("both orders")["audit"][0]
-    assert "nearly the same: 50%" in audited("nearly the same")["audit"][0]
-
-
-def test_a_mark_at_the_start(audited):
-    nb = audited("nothing")
     mark = nb["COUNTS"]["a mark at the start"]
     starts = [mark([], nb["tokenizer"](text).input_ids) for text in ("- a list", "**Bold**", "A word", "3 bees")]
     assert starts == [True, True, False, False]
 
 
+@pytest.mark.parametrize("kind, counted", [("both orders", "both orders: 80"), ("nearly the same", "the same: 50%")])
+def test_what_the_audit_counts(models, tmp_path, kind, counted):
+    assert counted in audit(models, tmp_path, made_up(kind))["audit"][0]
+
+
 def in_words(**changes):
-    made = {**RIGHT, **changes}
-    return alone("words")["in_words"](**{**made, "losses": pd.Series(made["losses"], [10 * i for i in range(3)])})
+    made = RIGHT | changes
+    return alone("words")["in_words"](**made | {"losses": pd.Series(made["losses"], [0, 10, 20])})
 
 
 @pytest.mark.parametrize(
@@ -96,7 +84,7 @@ def in_words(**changes):
         (
             1,
             {},
-            "Of 128 held-out pairs 90% are ranked right (95% interval 83% to 94%), by the best shallow rule alone 55%.",
+            "128 held-out pairs 90% are ranked right (95% interval 83% to 94%), by the best shallow rule alone 55%.",
         ),
         (1, dict(shallow=0.88), "may be all that was learnt"),
         (1, dict(right=0.62, pairs=16), "may be chance"),
