@@ -25,10 +25,7 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 # Qwen's own habit: a system turn of its own where the conversation brings none.
-OWN_SYSTEM = (
-    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are Qwen.<|im_end|>\\n' }}{% endif %}"
-)
-QWEN = OWN_SYSTEM + CHATML
+QWEN = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are Qwen.<|im_end|>\n{% endif %}" + CHATML
 # Refuses a system turn, and its marks are plain text rather than special tokens.
 MISTRAL_INSTRUCT = (
     "{{ bos_token }}{% for message in messages %}"

@@ -176,6 +176,7 @@ def test_a_program_in_a_pickle_is_not_run(models):
 
 
 def test_a_run_keeps_to_the_commits_that_it_began_with(hub, models):
+    """Of base and data, told by what is read of them; unless another is asked for."""
     Path("set").mkdir()
 
     def publish(commit, family):
@@ -185,13 +186,10 @@ def test_a_run_keeps_to_the_commits_that_it_began_with(hub, models):
 
     def commits(**changes):
         nb = run_cells("install", "rows", **SMALL, base_model="some/moving", dataset_id="some/set", **changes)
-        assert nb["raw"][40]["question"] * 40 == nb["dataset_revision"]
-        assert ("<|im_start|>" in nb["tokenizer"].chat_template) == (nb["base_revision"] == "a" * 40)
-        return nb["base_revision"][0] + nb["dataset_revision"][0]
+        return ("a" if "<|im_start|>" in nb["tokenizer"].chat_template else "b") + nb["raw"][40]["question"]
 
     publish("a", "qwen")
     assert commits(output_dir="run") == "aa"
-    Path("run/adapter").mkdir()
     Path("run/run.json").write_text(json.dumps({**json.loads(Path("run/run.json").read_text()), "trained": 2}))
     publish("b", "llama3")
     assert commits(output_dir="run") == "aa" and commits(output_dir="new") == "bb"
