@@ -32,23 +32,26 @@ DATED = CHATML.replace("{% for", "{{ strftime_now('%d %b %Y') }}{% for", 1)
 SWITCHED = DATED.replace("assistant\\n'", "assistant\\n' + ('' if enable_thinking is false else '<think>')")
 ANSWERS = ("It flies.", "A stone.")
 REASONED = ("<think>\nHm.\n</think>\n\nIt flies.", "<think>\nHo.\n</think>\n\nA stone.")
-IN_CHATML = "<|im_start|>user\nA bee?<|im_end|>\n<|im_start|>assistant\nIt flies.<|im_end|>"
-FAMILIES = {  # prompt and chosen answer as text, bos included where there is one
-    "chatml": "<s><|im_start|>system\nBe brief.<|im_end|>\n" + IN_CHATML,
-    "llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>"
-    "user<|end_header_id|>\n\nA bee?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nIt flies.<|eot_id|>",
-    "qwen": "<|im_start|>system\nBe brief.<|im_end|>\n" + IN_CHATML,
-    "mistral-instruct": "<s>[INST] Be brief.\n\nA bee? [/INST] It flies.</s>",
-}
-HABITS = {  # template, its tokenizer's bos, and the end of the same text
-    "bos is the turn mark": (CHATML, "<|im_start|>", IN_CHATML),
-    "eos is another": (CHATML, "<s>", IN_CHATML),
+BEE = "<|im_start|>user\nA bee?<|im_end|>\n<|im_start|>assistant\nIt flies.<|im_end|>"
+BRIEF = f"<|im_start|>system\nBe brief.<|im_end|>\n{BEE}"
+WRITTEN = {  # template, its tokenizer's bos, and the end of "Be brief.", "A bee?", "It flies." as it is written
+    "chatml": (None, "", f"<s>{BRIEF}"),  # families have their own models
+    "llama3": (
+        None,
+        "",
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user"
+        "<|end_header_id|>\n\nA bee?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nIt flies.<|eot_id|>",
+    ),
+    "qwen": (None, "", BRIEF),
+    "mistral-instruct": (None, "", "<s>[INST] Be brief.\n\nA bee? [/INST] It flies.</s>"),
+    "bos is the turn mark": (CHATML, "<|im_start|>", BEE),
+    "eos is another": (CHATML, "<s>", BEE),
     "eos besides": (TEMPLATES["phi3"], "<s>", "<|user|>\nA bee?<|end|>\n<|assistant|>\nIt flies.<|end|>"),
     "last end is another": (TEMPLATES["gptoss"], "<s>", "<|channel|>final<|message|>It flies.<|return|>"),
     "two ends": (TEMPLATES["cohere2"], "<s>", "It flies.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
     "no end": (TEMPLATES["glm4moe"], "<s>", "A bee?<|assistant|>\n<think></think>\nIt flies.</s>"),
-    "named templates": ({"tool_use": QWEN, "default": CHATML}, "<s>", IN_CHATML),
-    "date": (DATED, "<s>", "02 Jan 2026" + IN_CHATML),
+    "named templates": ({"tool_use": QWEN, "default": CHATML}, "<s>", BRIEF),
+    "date": (DATED, "<s>", f"02 Jan 2026{BRIEF}"),
 }
 DROPPED = {  # template, turns, answers, a word of the reason
     "reasoning is cut": (CUTTING, ["A bee?"], REASONED, "leaves out"),
@@ -106,24 +109,16 @@ def check(nb, row, pair):
         assert asked.count("<think>") == asked.count("</think>") <= 1, "the template's reasoning besides the row's"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families(models, family):
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_is_written(name, models, tmp_path):
+    template, bos, end = WRITTEN[name]
     pairs = [pair("A bee?", system="Be brief."), pair("A bee?", "An insect.", "A bird?")]
-    nb = read(models[family], *pairs)
-    ids = [*nb["rows"][0]["prompt_ids"], *nb["rows"][0]["chosen_ids"]]
-    assert ids == nb["tokenizer"](FAMILIES[family], add_special_tokens=False).input_ids
-    assert ids.count(nb["tokenizer"].bos_token_id) == (family != "qwen")
+    nb = read(base(tmp_path, template, bos) if template else models[name], *pairs)
     for row, given in zip(nb["rows"], pairs, strict=True):
         check(nb, row, given)
-
-
-@pytest.mark.parametrize("habit", HABITS)
-def test_habits_of_templates(habit, tmp_path):
-    template, bos, expected = HABITS[habit]
-    nb = read(base(tmp_path, template, bos), pair("A bee?"))
-    row = nb["rows"][0]
-    check(nb, row, pair("A bee?"))
-    assert nb["tokenizer"].decode([*row["prompt_ids"], *row["chosen_ids"]]).endswith(expected)
+    ids = [*nb["rows"][0]["prompt_ids"], *nb["rows"][0]["chosen_ids"]]
+    expected = nb["tokenizer"].encode(end, add_special_tokens=False)
+    assert ids[-len(expected) :] == expected
 
 
 def test_a_greeting_stays_the_assistants(models):
