@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import standins
 from notebook import alone, run_cell, run_cells
-from standins import CHATML, MISTRAL_INSTRUCT, QWEN
+from standins import CHATML, MISTRAL_INSTRUCT
 from transformers import AutoTokenizer
 
 TEMPLATES = {name: text for name, text in standins.TEMPLATES.items() if not name.endswith("_training")}
@@ -50,7 +50,7 @@ WRITTEN = {  # template, its tokenizer's bos, and the end of "Be brief.", "A bee
     "last end is another": (TEMPLATES["gptoss"], "<s>", "<|channel|>final<|message|>It flies.<|return|>"),
     "two ends": (TEMPLATES["cohere2"], "<s>", "It flies.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
     "no end": (TEMPLATES["glm4moe"], "<s>", "A bee?<|assistant|>\n<think></think>\nIt flies.</s>"),
-    "named templates": ({"tool_use": QWEN, "default": CHATML}, "<s>", BRIEF),
+    "named templates": ({"tool_use": TEMPLATES["phi3"], "default": CHATML}, "<s>", BRIEF),
     "date": (DATED, "<s>", f"02 Jan 2026{BRIEF}"),
 }
 DROPPED = {  # template, turns, answers, a word of the reason

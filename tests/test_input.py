@@ -73,6 +73,8 @@ CASES = [
     case("fewer rows than eval_pairs", "split", "40 pairs.*eval_pairs", eval_pairs=40),
     case("fewer rows than a step", "split", "40 pairs.*pairs_per_step", pairs_per_step=64),
     case("zero pairs", None, "eval_pairs", eval_pairs=0),
+    case("negative rank", None, "lora_rank", lora_rank=-16),
+    case("negative beta", None, "beta", beta=-0.1),
     case("rate of nan", None, "learning_rate", learning_rate=float("nan")),
     case("warm-up to the end", None, "warmup_steps.*max_steps", warmup_steps=4),
     case("beyond the model's length", "base", r"reads \d+ tokens.*max_length", max_length=99999),
@@ -148,11 +150,28 @@ def test_one_sentence(cell, says, text, ending, model, parameters, models):
     assert says is None or re.fullmatch(f".*{says}.*", str(error)), error
 
 
-def test_too_little_disk(hub, models, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1e5))
+def test_run_of_the_earlier_version(models):
+    seal_a_run()
+    Path("run/run.json").write_text('{"parameters": {}}')
+    before = what_is_left()
+    error, cell = stop(models)
+    assert cell == "state" and "output_dir" in str(error) and what_is_left() == before
+
+
+ROOM = {  # what is asked for it, what that says, the cell that stops, its sentence
+    "disk": ("shutil.disk_usage", SimpleNamespace(free=1e5), "base", "needs .* GB and has .* GB"),
+    "memory": ("psutil.virtual_memory", SimpleNamespace(available=1e5), "split-of-a-step", "GB: lower max_length"),
+}
+
+
+@pytest.mark.parametrize("room", ROOM)
+def test_too_little_room(room, hub, models, monkeypatch):
+    """Nothing is downloaded then."""
+    asked, answer, cell, says = ROOM[room]
+    monkeypatch.setattr(asked, lambda *path: answer)
     before = seal_a_run()
-    error, cell = stop(models, base_model="some/model")
-    assert cell == "base" and re.search("needs .* GB and has .* GB", str(error)) and what_is_left() == before
+    error, stopped = stop(models, base_model="some/model")
+    assert stopped == cell and re.search(says, str(error)) and what_is_left() == before
     assert not [path for _, path in hub.requests if "safetensors" in path]
 
 
@@ -194,3 +213,5 @@ def test_a_run_keeps_to_the_commits_that_it_began_with(hub, models):
     publish("b", "llama3")
     assert commits(output_dir="run") == "aa" and commits(output_dir="new") == "bb"
     assert commits(output_dir="pinned", base_revision="a" * 40) == "ab"
+    with pytest.raises(AssertionError, match="dataset_revision.*another output_dir"):
+        commits(output_dir="run", dataset_revision="b" * 40)
