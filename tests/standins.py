@@ -5,7 +5,6 @@ What tells the families apart is tokenizer and template.
 
 import json
 from contextlib import contextmanager
-from functools import cache
 from io import BytesIO
 from pathlib import Path
 
@@ -39,22 +38,14 @@ WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n
 SIZE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 
 
-@cache
-def byte_pairs():
-    """A byte-level BPE tokenizer with the words of Llama 3 and Qwen, as text."""
+def byte_level(folder, template, special, **named):
+    """Saves a byte-level BPE tokenizer, which puts bos before a text if the template does."""
     core, level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), level])
     core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=695, initial_alphabet=level.alphabet(), show_progress=False)
-    core.train_from_iterator([TEXT], trainer)
-    return core.to_str()
-
-
-def byte_level(folder, template, special, **named):
-    """Saves a byte-level tokenizer, which puts bos before a text if the template does."""
-    core = Tokenizer.from_str(byte_pairs())
+    kind = dict(special_tokens=special, initial_alphabet=level.alphabet(), show_progress=False)
+    core.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=700, **kind))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template, **named)
-    tokenizer.add_special_tokens({"additional_special_tokens": special})
     tokenizer.add_tokens(["<think>", "</think>"])
     if "bos_token" in template:
         bos = tokenizer.bos_token
@@ -101,7 +92,8 @@ def make(family, folder):
         byte_level(folder, TEMPLATES["llama3"], special, bos_token=special[0], eos_token=special[-1])
     elif family == "qwen":
         config = Qwen2Config
-        byte_level(folder, QWEN, ["<|im_start|>"], pad_token="<|endoftext|>", eos_token="<|im_end|>")
+        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        byte_level(folder, QWEN, special, pad_token=special[0], eos_token=special[-1])
     elif family == "chatml":
         settings = dict(added=["<|im_end|>", "<|im_start|>"], eos_token="<|im_end|>", pad_token="</s>")
         write_sentencepiece_repository(folder, small_sentencepiece(), chat_template=CHATML, **settings)
