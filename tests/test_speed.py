@@ -3,9 +3,9 @@
 import copy
 import math
 import random
+import shutil
 import types
 from collections import Counter
-from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -13,7 +13,6 @@ import torch
 import transformers
 from notebook import alone, run_cell
 from peft import LoraConfig, get_peft_model
-from trainers import gradient, perturb
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -66,47 +65,30 @@ def run_prompts_once():
     return alone("run-prompts-once")["run_prompts_once"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("name", MODELS)
-@torch.no_grad()
-def test_every_row_as_if_it_were_alone(name, dtype, run_prompts_once):
-    """Log-probabilities of a batch that shares prompts, against each sequence by itself through the stock model."""
-    model, expected = build(name, dtype), []
-    for answer in ("chosen_ids", "rejected_ids"):
-        for row in pairs(SHAPES):
-            ids = torch.tensor([row["prompt_ids"] + row[answer]])
-            logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-            expected.append(logps[len(row["prompt_ids"]) - 1 :])
-    stock, seen = model(**inputs()), []
-    run_prompts_once(model)
-    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0].numel()))
-    shared = model(**inputs())
-    assert seen == [tokens_of(SHAPES)]  # each distinct token once and nothing else
-    for found, logps in zip(shared.log_probs, expected, strict=True):
-        assert torch.allclose(found[found != 0].double(), logps.double(), atol=1e-5, rtol=0)
-    for field in FIELDS:
-        assert torch.allclose(shared[field].double(), stock[field].double(), atol=1e-5), field
-    assert torch.equal(shared.label_mask, stock.label_mask)
-
-
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0)], ids=["before Ampere", "Ampere"])
-@pytest.mark.parametrize("name", ["mistral", "mistral, window of 7"])
-def test_attention(name, capability, monkeypatch):
-    """Before Ampere it has as many keys as queries, for the sake of PyTorch's choice of kernels; it spares padding."""
-    stock, model, calls, asked = build(name)(**inputs()).log_probs, build(name), [], []
-    copied = alone("run-prompts-once")
+@pytest.mark.parametrize("name", MODELS)
+def test_a_batch_as_stock_trl_computes_it(name, capability, monkeypatch):
+    """Before Ampere attention gets as many keys as queries, for the sake of PyTorch's choice of kernels; it spares padding."""
+    model, calls, tokens, asked = build(name), [], [], []
+    stock, copied = model(**inputs()), alone("run-prompts-once")
     plain = copied["sdpa_attention_forward"]
     copied["sdpa_attention_forward"] = lambda *args, **options: calls.append(args) or plain(*args, **options)
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        copied["run_prompts_once"](model, lambda tokens, cells: asked.append(cells) or 0)
-    assert torch.allclose(model(**inputs()).log_probs, stock, atol=1e-5)
-    assert {key.shape[1] for _, _, key, *_ in calls} == {4 if capability < (8, 0) else 2}
-    assert {mask is None for *_, mask in calls} == {name == "mistral"}
+        copied["run_prompts_once"](model, lambda tokens, cells: asked.append((tokens, cells)) or 0)
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: tokens.append(args[0].numel()))
+    shared = model(**inputs())
+    for field in FIELDS:
+        assert torch.allclose(shared[field], stock[field], atol=1e-5), field
+    assert torch.equal(shared.label_mask, stock.label_mask)
+    assert {key.shape[1] for _, _, key, *_ in calls} == {4 if capability < (8, 0) else model.config.num_key_value_heads}
+    assert any(mask is not None for *_, mask in calls) == ("window" in name)
+    assert tokens == [tokens_of(SHAPES)]  # each distinct token once and nothing else
     sizes = [(query.shape[0], query.shape[2]) for _, query, *_ in calls]
-    assert asked == [sum(rows * length for rows, length in sizes) / 4]  # in each of the layers
-    assert sum(rows * length**2 for rows, length in sizes) < 0.7 * 4 * stock.shape[0] * (stock.shape[1] + 1) ** 2
+    assert asked == [(tokens[0], sum(rows * length for rows, length in sizes) / 4)]  # in each of the layers
+    rows, length = stock.log_probs.shape
+    assert sum(n * some**2 for n, some in sizes) < 0.7 * 4 * rows * (length + 1) ** 2
 
 
 def test_half_precision(run_prompts_once):
@@ -131,35 +113,9 @@ def test_other_calls_go_the_usual_way(run_prompts_once):
     assert torch.equal(model(**batch).log_probs, once)
     for (ids, mask), logits in zip(calls, expected, strict=True):
         assert torch.equal(model(ids, attention_mask=mask).logits, logits)
-
-
-def test_prompts_that_differ_are_refused(run_prompts_once):
-    model, batch = build("llama"), inputs()
-    run_prompts_once(model)
     batch["input_ids"][0, 1] += 1
     with pytest.raises(AssertionError, match="same prompt"):
         model(**batch)
-
-
-@pytest.mark.parametrize("load_in_4bit", [False, True], ids=["16-bit", "4-bit"])
-def test_loss_metrics_and_gradient_with_and_without(prepare, load_in_4bit):
-    found = []
-    for share_prompt in (False, True):
-        nb = prepare("chatml", load_in_4bit=load_in_4bit, share_prompt=share_prompt)
-        trainer = nb["trainer"]
-        perturb(trainer.model)
-        if share_prompt:
-            nb["share_prompts"](trainer)
-        trainer.train_dataset = nb["rows"]
-        grads = gradient(trainer)
-        metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
-        evaluation = trainer.evaluate()
-        found.append((grads, metrics, {name: evaluation[f"eval_{name}"] for name in ("loss", *metrics)}))
-    (grads, *metrics), (shared_grads, *shared_metrics) = found
-    for name, value in grads.items():
-        assert torch.allclose(value, shared_grads[name], rtol=0, atol=1e-5 * max(value.abs().max().item(), 1e-3)), name
-    for plain, shared in zip(metrics, shared_metrics, strict=True):
-        assert plain == pytest.approx(shared, rel=1e-5, abs=1e-6)
 
 
 # TRL weights its other metrics by the tokens of each batch, so they depend on which pairs share one.
@@ -180,41 +136,38 @@ def stock_curves(nb, order):
     arguments |= dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, logging_steps=1, bf16=False)
     arguments |= dict(train_sampling_strategy="sequential", save_strategy="no", use_cpu=True, report_to="none")
     trainer = DPOTrainer(
-        model=nb["load_4bit"](nb["base_model"], nb["dtype"], False),
+        model=nb["load_4bit"](nb["base_model"], nb["dtype"], nb["load_in_4bit"]),
         args=DPOConfig(**arguments),
         train_dataset=nb["Dataset"].from_list(data),
         processing_class=nb["tokenizer"],
         peft_config=LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
+    for parameter in trainer.model.parameters():  # of a 4-bit base TRL has the adapter in bf16
+        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     return curves(trainer)
 
 
-def assert_same_curves(found, expected):
+LOSSES = ["sigmoid", "ipo", "sigmoid_norm", "apo_zero", "robust", "sigmoid+sft"]
+RUNS = [*((loss, True, False) for loss in LOSSES), ("sigmoid", False, False), ("sigmoid", True, True)]
+
+
+@pytest.mark.parametrize("loss_type, share_prompt, load_in_4bit", RUNS)
+def test_losses_as_stock_trl(prepare, loss_type, share_prompt, load_in_4bit):
+    """The same pairs in the same steps, but at stock TRL in random order inside of each step."""
+    settings = dict(loss_type=loss_type, share_prompt=share_prompt, load_in_4bit=load_in_4bit)
+    nb, rng = prepare(beta=0.3, learning_rate=1e-2, eval_pairs=2, **settings), random.Random(3)
+    order = nb["order"]
+    if loss_type != "sigmoid+sft":  # whose likelihood depends on which pairs share a batch
+        order = [i for start in range(0, 32, 8) for i in rng.sample(order[start : start + 8], 8)]
+    expected = stock_curves(nb, order)
+    if share_prompt:
+        nb["share_prompts"](nb["trainer"])
+    found = curves(nb["trainer"])
     for name in METRICS:  # a margin is the small difference of large sums: relative to the largest of the run
         assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4 * max(map(abs, expected[name]))), name
-
-
-LOSSES = dict.fromkeys(["ipo", "sigmoid_norm", "apo_zero", "robust", "sigmoid+sft"], 3) | {"sigmoid": 20}
-
-
-@pytest.mark.parametrize("loss_type", LOSSES)
-def test_losses_as_stock_trl(prepare, tmp_path, loss_type):
-    """The same pairs in the same steps: stock TRL, for the sigmoid in random order inside each step, and ours."""
-    runs, steps, rng = [], LOSSES[loss_type], random.Random(3)
-    for share_prompt in (True, False)[: 1 + (steps == 20)]:
-        settings = dict(loss_type=loss_type, beta=0.3, learning_rate=1e-2, max_steps=steps, eval_pairs=2)
-        output = str(tmp_path / f"{share_prompt}")
-        nb = prepare(load_in_4bit=False, share_prompt=share_prompt, output_dir=output, **settings)
-        if share_prompt:
-            nb["share_prompts"](nb["trainer"])
-        runs.append(curves(nb["trainer"]))
-    parts = [nb["order"][step : step + 8] for step in range(0, 8 * steps, 8)]
-    expected = stock_curves(nb, [i for part in parts for i in (rng.sample(part, 8) if steps == 20 else part)])
-    for found in runs:
-        assert_same_curves(found, expected)
     assert nb["training_args"].loss_type == loss_type.split("+") and nb["training_args"].beta == 0.3
     assert loss_type != "robust" or nb["training_args"].label_smoothing > 0  # else it is the same as sigmoid
-    assert steps == 3 or expected["loss"][-1] < 0.8 * expected["loss"][0]  # it has learnt
+    assert max(found["rewards/margins"]) > 0.1  # it has learnt
 
 
 @pytest.mark.parametrize("kind", ["bloom", "experts"])
@@ -231,9 +184,6 @@ def test_a_base_that_cannot(prepare, models, tmp_path, kind):
     with pytest.raises(AssertionError, match="share_prompt") as error:
         nb["share_prompts"](nb["trainer"])
     assert error.value.__context__ is None
-    nb = prepare(str(tmp_path / "base"), load_in_4bit=False, share_prompt=False)
-    losses = curves(nb["trainer"])["loss"]
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-5 if kind == "bloom" else 0.01) and len(losses) == 4
 
 
 def test_several_processes(prepare):
@@ -245,6 +195,9 @@ def test_several_processes(prepare):
     nb.update(sharded=True, gather_object=list, run_prompts_once=lambda model, needed: asked.append(needed))
     nb["share_prompts"](nb["trainer"])
     assert asked == [None]
+    nb["processes"] = types.SimpleNamespace(num_processes=3)
+    with pytest.raises(AssertionError, match="divisible by 3"):
+        run_cell("split-of-a-step", nb)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -279,64 +232,54 @@ def rebuild(nb, **changes):
     return nb["trainer"]
 
 
-def train_in(nb, room, stop=None):
+def train_in(nb, room):
     """Trains with so much room for a batch: what was logged, the adapter, and layers checkpointed, batch by batch."""
     trainer, numbers, plain = rebuild(nb, budget=nb["fixed"] + room, again=1.0), [], nb["layers_to_checkpoint"]
 
     def spy(config, tokens, cells, **options):
-        if len(numbers) == stop:
-            raise KeyboardInterrupt
         numbers.append((tokens, cells, plain(config, tokens, cells, **options)))
         return numbers[-1][-1]
 
     nb["layers_to_checkpoint"] = spy
     nb["share_prompts"](trainer)
-    with suppress(KeyboardInterrupt):
-        trainer.train(resume_from_checkpoint=nb["checkpoint"] and str(nb["checkpoint"]))
-    assert stop or all(nb["step_memory"](nb["config"], *number, **nb["kind"]) <= room for number in numbers)
+    trainer.train(resume_from_checkpoint=nb["checkpoint"] and str(nb["checkpoint"]))
+    assert all(nb["step_memory"](nb["config"], *number, **nb["kind"]) <= room for number in numbers)
     history = [[entry.get(name) for name in (*METRICS, "eval_loss")] for entry in trainer.state.log_history]
     return history, [parameter for parameter in trainer.model.parameters() if parameter.requires_grad], numbers
 
 
 def test_training_is_the_same_however_many_layers_are_checkpointed(prepare, tmp_path):
-    """Losses, margins, evaluations and adapter to the last bit; also where another machine goes on with more room."""
+    """Losses, margins, evaluations and adapter to the last bit; also where a machine with less room goes on."""
     found = []
-    for folder, room, stop in (("none", 1e12, None), ("some", None, None), ("cut", 0, 5), ("cut", None, None)):
-        nb = prepare("chatml", output_dir=str(tmp_path / folder))
-        needed = nb["step_memory"](nb["config"], *nb["batches"][:2], 1, **nb["kind"])  # with one of two layers
-        found.append(train_in(nb, np.median(needed) if room is None else room, stop))
-    (history, adapter, none), some, cut, resumed = found
-    assert [number for *_, number in none] == [0] * 8 and {number for *_, number in cut[2]} == {2}
-    assert len({number for *_, number in some[2]}) > 1
-    for planned, (tokens, cells, _) in zip(zip(*nb["batches"][:2], strict=True), some[2], strict=True):
+    for folder, checkpointed in (("none", 0), ("some", 1), ("some", 2)):
+        nb = prepare(load_in_4bit=False, output_dir=str(tmp_path / folder))
+        room = nb["step_memory"](nb["config"], *nb["batches"][:2], checkpointed, **nb["kind"])
+        found.append(train_in(nb, np.median(room) if checkpointed == 1 else room.max()))
+        shutil.rmtree(tmp_path / "some" / "checkpoint-4", ignore_errors=True)
+    (history, adapter, none), some, resumed = found
+    assert [number for *_, number in none] == [0] * 8 and len({number for *_, number in some[2]}) > 1
+    assert [number for *_, number in resumed[2]] == [2] * 2
+    for *planned, (tokens, cells, _) in zip(*nb["batches"][:2], none, strict=True):
         assert planned[0] == tokens and cells <= 1.05 * planned[1]  # the plan's batches are those that run
-    assert 0 < len(resumed[2]) < 8
     for others, other, _ in (some, resumed):
         assert others == history and all(map(torch.equal, other, adapter))
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_order_of_training(seed):
-    rng = random.Random(seed)
-    count, size, steps = rng.randint(20, 60), rng.choice([1, 4, 7, 16]), rng.randint(5, 20)
-    once = np.array([rng.randint(5, 500) for _ in range(count)])
+def test_order_of_training():
+    once = np.random.default_rng(0).integers(5, 500, 50)
 
     def order(**changes):
-        drawn = dict(random=random, seed=seed, max_steps=steps, pairs_per_step=size, train=list(range(count)))
-        return run_cell("order", {**drawn, "once": once, "longest": once[::-1], "share_prompt": True, **changes})[
-            "order"
-        ]
+        drawn = dict(random=random, seed=0, max_steps=20, pairs_per_step=7, train=list(range(50)), share_prompt=True)
+        return run_cell("order", {**drawn, "once": once, "longest": once[::-1], **changes})["order"]
 
     found, other = order(), order(share_prompt=False)
-    for start in range(0, size * steps, size):  # lengths say how a step goes, not what is in it
-        block = found[start : start + size]
-        assert [*once[block]] == sorted(once[block], reverse=True)
-        twice = once[::-1][other[start : start + size]]
-        assert [*twice] == sorted(twice, reverse=True) and Counter(block) == Counter(other[start : start + size])
-    assert order(max_steps=1) == found[:size] and order(max_steps=steps + 9)[: size * steps] == found
-    assert order(seed=seed + 1) != found
-    epochs = order(pairs_per_step=1, max_steps=2 * count)  # each a shuffle of its own that holds every row once
-    assert sorted(epochs[:count]) == sorted(epochs[count:]) == list(range(count)) and epochs[:count] != epochs[count:]
+    for start in range(0, 140, 7):  # lengths say how a step goes, not what is in it
+        step, plain = found[start : start + 7], other[start : start + 7]
+        assert [*once[step]] == sorted(once[step], reverse=True) and sorted(step) == sorted(plain)
+        assert [*once[::-1][plain]] == sorted(once[::-1][plain], reverse=True)
+    assert len(found) == 140 and order(max_steps=1) == found[:7] and order(seed=1) != found
+    epochs = order(pairs_per_step=1, max_steps=100)  # each a shuffle of its own that holds every row once
+    assert sorted(epochs[:50]) == sorted(epochs[50:]) == list(range(50)) and epochs[:50] != epochs[50:]
 
 
 @pytest.mark.parametrize("share_prompt", [True, False], ids=["shared", "plain"])
@@ -397,50 +340,6 @@ def test_the_plan_is_the_least_work_that_fits(share, alike):
     assert len(works) > 9
 
 
-def split(**changes):
-    """The cell that splits a step, for the 7B base in 4 bits on a GPU, or for something else."""
-    linear = [types.SimpleNamespace(weight=torch.empty(6_979_321_856, device="meta"))]
-    base = dict(config=SEVEN_B, linear=linear, parameter_count=7_241_748_480, adapter_size=41_943_040)
-    machine = dict(on_gpu=True, memory=24e9, dtype=torch.bfloat16, sharded=False, processes=processes(1), torch=torch)
-    data = dict(once=LENGTHS * 3 // 2, longest=LENGTHS, order=list(range(320)), pairs_per_step=16, share_prompt=True)
-    data |= dict(load_in_4bit=True, trained=False, gather_object=list)
-    return run_cell("split-of-a-step", {**alone("memory"), **base, **machine, **data, **changes})
-
-
-def processes(count):
-    return types.SimpleNamespace(num_processes=count)
-
-
-def test_the_split_of_a_step():
-    for memory in (12e9, 16e9, 24e9, 40e9, 80e9):
-        nb = split(memory=memory)
-        assert max(nb["needs"]) < nb["budget"] == 0.85 * memory
-    half, step_memory = split(dtype=torch.float16), nb["step_memory"]
-    assert step_memory(SEVEN_B, 1, 1, **half["kind"]) > step_memory(SEVEN_B, 1, 1, **nb["kind"])  # see test_attention
-    assert split(processes=processes(4))["each"] == 4
-    assert split(processes=processes(4), sharded=True)["fixed"] == pytest.approx((nb["fixed"] - 1.5e9) / 4 + 1.5e9)
-    assert set(split(memory=12e9, sharded=True)["batches"][-1]) == {32}
-    cpu = dict(on_gpu=False, memory=None)
-    assert split(**cpu, free_memory=lambda: 400e9)["at_once"] == 4
-    assert split(**cpu, free_memory=lambda: 20e9)["again"] > 0
-    with pytest.raises(AssertionError, match="divisible by 3"):
-        split(processes=processes(3))
-    with pytest.raises(AssertionError, match="max_length"):
-        split(memory=8e9)
-    assert split(memory=8e9, trained=True)  # nothing is left to train
-
-
-def test_memory_that_runs_out_is_one_sentence(prepare):
-    def run_out(trainer):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    nb = prepare()
-    nb.update(memory=22e9, try_longest=run_out)
-    with pytest.raises(MemoryError, match="gpu_memory to 20.0") as error:
-        run_cell("train", nb)
-    assert error.value.__suppress_context__
-
-
 @pytest.mark.parametrize("load_in_4bit", [False, True], ids=["16-bit", "4-bit"])
 def test_the_arithmetic_of_the_weights(prepare, load_in_4bit):
     nb = prepare("chatml", load_in_4bit=load_in_4bit)
@@ -451,30 +350,18 @@ def test_the_arithmetic_of_the_weights(prepare, load_in_4bit):
 
 
 @pytest.mark.parametrize("checkpointed", [0, 2, 6])
-@pytest.mark.parametrize("name", ["mistral", "mistral in 4 bits", "qwen 3"])
-def test_the_arithmetic_of_activations(name, checkpointed, tmp_path, monkeypatch, run_prompts_once):
-    """Against every byte that autograd keeps in a bf16 forward pass with a float32 adapter."""
+@pytest.mark.parametrize("name", ["mistral", "qwen 3"])
+def test_the_arithmetic_of_activations(name, checkpointed, run_prompts_once):
+    """Of a 16-bit base, against every byte that autograd keeps in a forward pass. A 4-bit base: see test_simulate.py."""
     width = dict(hidden_size=256, intermediate_size=896, num_hidden_layers=6, num_attention_heads=8, head_dim=32)
-    in_4bit = name.endswith("in 4 bits")
-    config = type(MODELS[name.removesuffix(" in 4 bits")])(vocab_size=64, num_key_value_heads=2, **width)
-    torch.manual_seed(0)
+    config = type(MODELS[name])(vocab_size=64, num_key_value_heads=2, **width)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    if in_4bit:
-        model.save_pretrained(tmp_path)
-        model = alone("load-model")["load_4bit"](tmp_path)
-        # PEFT asks whether autocast is on for CUDA, as it is in a run on a GPU. It alone is told so, and not autocast.
-        on_a_gpu = types.SimpleNamespace(**{**vars(torch), "is_autocast_enabled": lambda: True})
-        monkeypatch.setattr("peft.tuners.lora.bnb.torch", on_a_gpu)
-    model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    for parameter in model.parameters():
-        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
-    add_fused_lm_head(model.get_base_model(), outputs=FIELDS)
-    model.train()
+    add_fused_lm_head(model, outputs=FIELDS)
+    asked, kept = [], {}
+    run_prompts_once(model, lambda *size: asked.append(size) or checkpointed)
+    model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")).train()
     model.activation_checkpointing_enable()
     model.enable_input_require_grads()
-    asked = []
-    run_prompts_once(model.get_base_model(), lambda *size: asked.append(size) or checkpointed)
-    own, kept = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}, {}
 
     def keep(x):
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage()  # held, or its place would be taken by another
@@ -483,8 +370,9 @@ def test_the_arithmetic_of_activations(name, checkpointed, tmp_path, monkeypatch
     shapes = [(60, 200, 300), (150, 120, 90), (90, 250, 250)]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
         model(**inputs(shapes))
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     measured = sum(storage.nbytes() for place, storage in kept.items() if place not in own)
     numbers, step_memory = (checkpointed, 0, 1), alone("memory")["step_memory"]
-    needed, none, one = (step_memory(config, *asked[0], number, in_4bit) for number in numbers)
+    needed, none, one = (step_memory(config, *asked[0], number, in_4bit=False) for number in numbers)
     needed -= none - one + 2 * tokens_of(shapes) * 256  # a layer more in the backward pass
     assert (0.95 if checkpointed < 6 else 0.7) < measured / needed < 1.1
