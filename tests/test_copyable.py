@@ -12,7 +12,6 @@ from bitsandbytes.nn import Linear4bit
 from conftest import some_pairs
 from datasets import Dataset
 from notebook import CELLS, alone, run_cell
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
@@ -35,38 +34,31 @@ def test_a_copied_cell_needs_nothing_else(name):
     assert "beta" in parameters and not parameters & brought
 
 
-def stock_trainer(folder, output, lora):
-    """That of somebody who has TRL, a model and pairs, and has never seen the notebook."""
+def test_prompts_once_on_a_stock_trainer(models, tmp_path):
+    """By somebody who trains all parameters: the same losses for fewer tokens, with layers checkpointed as needed."""
     pairs = [{"prompt": row.pop("question"), **row} for row in some_pairs(16)]
     settings = dict(max_steps=3, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=1, eval_steps=3)
     settings |= dict(eval_strategy="steps", save_strategy="no", report_to="none", bf16=False, use_cpu=True)
-    return DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder, dtype="float32"),
-        args=DPOConfig(output_dir=str(output), **settings),
-        train_dataset=Dataset.from_list(pairs[4:]),
-        eval_dataset=Dataset.from_list(pairs[:4]),
-        processing_class=AutoTokenizer.from_pretrained(folder),
-        peft_config=LoraConfig(target_modules="all-linear") if lora else None,
-    )
-
-
-@pytest.mark.parametrize("lora", [True, False], ids=["LoRA", "all parameters"])
-def test_prompts_once_on_a_stock_trainer(models, tmp_path, lora):
-    """The same losses for fewer tokens, with layers checkpointed as TRL does it or as each batch needs it."""
     runs = []
     for copied in (False, True):
-        trainer, seen = stock_trainer(models["llama3"], tmp_path, lora), []
-        model = trainer.model.get_base_model() if lora else trainer.model
+        trainer = DPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(models["llama3"], dtype="float32"),
+            args=DPOConfig(output_dir=str(tmp_path), **settings),
+            train_dataset=Dataset.from_list(pairs[4:]),
+            eval_dataset=Dataset.from_list(pairs[:4]),
+            processing_class=AutoTokenizer.from_pretrained(models["llama3"]),
+        )
+        config, embeddings, seen = trainer.model.config, trainer.model.get_input_embeddings(), []
         if copied:
-            needed = partial(alone("memory")["layers_to_checkpoint"], model.config, room=1e6, in_4bit=False, width=4)
-            alone("run-prompts-once")["run_prompts_once"](model, None if lora else needed)
-        model.get_input_embeddings().register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].numel()))
+            needed = partial(alone("memory")["layers_to_checkpoint"], config, room=1e6, in_4bit=False, width=4)
+            alone("run-prompts-once")["run_prompts_once"](trainer.model, needed)
+        embeddings.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].numel()))
         trainer.train()
         logged = [entry.get("loss", entry.get("eval_loss")) for entry in trainer.state.log_history[:-1]]
         runs.append((logged, sum(seen)))
     (stock, stock_tokens), (ours, our_tokens) = runs
     assert len(stock) == 4 and stock[2] < stock[0] and ours == pytest.approx(stock, rel=1e-5)
-    assert our_tokens < (0.7 if lora else 0.9) * stock_tokens
+    assert our_tokens < 0.9 * stock_tokens
 
 
 def test_load_4bit(models):
