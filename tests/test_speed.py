@@ -14,7 +14,7 @@ import transformers
 from notebook import alone, run_cell
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
@@ -119,26 +119,25 @@ def test_other_calls_go_the_usual_way():
 
 
 # TRL weights its other metrics by the tokens of each batch, so they depend on which pairs share one.
-METRICS = ("loss", "grad_norm", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen")
+METRICS = "loss eval_loss grad_norm rewards/margins rewards/chosen rewards/rejected logps/chosen".split()
 
 
 def curves(trainer):
     trainer.train()
-    return {name: [entry[name] for entry in trainer.state.log_history if "loss" in entry] for name in METRICS}
+    return {name: [entry[name] for entry in trainer.state.log_history if name in entry] for name in METRICS}
 
 
 def stock_curves(nb, order):
     """Those of TRL's own trainer with its own tokenization, on these rows of a run and with the run's settings."""
-    decode, names = nb["tokenizer"].decode, ("prompt", "chosen", "rejected")
-    data = [{name: decode(nb["rows"][i][f"{name}_ids"]) for name in names} for i in order]
-    same = "output_dir max_steps warmup_steps learning_rate lr_scheduler_type loss_type label_smoothing beta seed"
-    arguments = {name: getattr(nb["training_args"], name) for name in same.split()}
-    arguments |= dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, logging_steps=1, bf16=False)
-    arguments |= dict(train_sampling_strategy="sequential", save_strategy="no", use_cpu=True, report_to="none")
+    decode, names, data = nb["tokenizer"].decode, ("prompt", "chosen", "rejected"), []
+    for part in (order, nb["held_out"]):
+        texts = [{name: decode(nb["rows"][i][f"{name}_ids"]) for name in names} for i in part]
+        data.append(nb["Dataset"].from_list(texts))
     trainer = DPOTrainer(
         model=nb["load_4bit"](nb["base_model"], nb["dtype"], nb["load_in_4bit"]),
-        args=DPOConfig(**arguments),
-        train_dataset=nb["Dataset"].from_list(data),
+        args=nb["training_args"],
+        train_dataset=data[0],
+        eval_dataset=data[1],
         processing_class=nb["tokenizer"],
         peft_config=LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
@@ -200,45 +199,42 @@ def test_several_processes(prepare):
         run_cell("split-of-a-step", nb)
 
 
-def rebuild(nb, **changes):
-    """The trainer once more, after changes to what its settings are made from."""
-    nb.update(changes)
-    run_cell("training-args", nb)
-    nb["trainer"] = nb["make_trainer"](nb["load_4bit"](nb["base_model"], nb["dtype"], nb["load_in_4bit"]))
-    return nb["trainer"]
+def plan_with(monkeypatch, nb, room):
+    """Leaves as much memory as the plan on a CPU, which takes 0.65 of it, needs to have this room for batches."""
+    free = types.SimpleNamespace(available=(nb["fixed"] + 1.001 * room) / 0.65)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
 
 
-def train_in(nb, room):
-    """Trains with so much room for a batch: what was logged, the adapter, and layers checkpointed, batch by batch."""
-    trainer, numbers, plain = rebuild(nb, budget=nb["fixed"] + room, again=1.0), [], nb["layers_to_checkpoint"]
+def watch(nb):
+    """Tokens, cells and checkpointed layers of each batch that will be trained on."""
+    seen, plain = [], nb["layers_to_checkpoint"]
 
-    def spy(config, tokens, cells, **options):
-        numbers.append((tokens, cells, plain(config, tokens, cells, **options)))
-        return numbers[-1][-1]
+    def spy(config, *size, **options):
+        seen.append((*size, plain(config, *size, **options)))
+        return seen[-1][-1]
 
     nb["layers_to_checkpoint"] = spy
-    nb["share_prompts"](trainer)
-    trainer.train(resume_from_checkpoint=nb["checkpoint"] and str(nb["checkpoint"]))
-    assert all(nb["step_memory"](nb["config"], *number, **nb["kind"]) <= room for number in numbers)
-    history = [[entry.get(name) for name in (*METRICS, "eval_loss")] for entry in trainer.state.log_history]
-    return history, [parameter for parameter in trainer.model.parameters() if parameter.requires_grad], numbers
+    return seen
 
 
-def test_training_is_the_same_however_many_layers_are_checkpointed(prepare, tmp_path):
-    """Losses, margins, evaluations and adapter to the last bit; also where a machine with less room goes on."""
+def test_training_is_the_same_however_many_layers_are_checkpointed(prepare, tmp_path, monkeypatch):
+    """Losses, margins, evaluations and adapter to the last bit; also where a machine with less memory goes on."""
     found = []
-    for folder, checkpointed in (("none", 0), ("some", 1), ("some", 2)):
+    for folder, layers in (("none", {0}), ("some", {1, 2}), ("some", {2})):
         nb = prepare(load_in_4bit=False, output_dir=str(tmp_path / folder))
-        room = nb["step_memory"](nb["config"], *nb["batches"][:2], checkpointed, **nb["kind"])
-        found.append(train_in(nb, np.median(room) if checkpointed == 1 else room.max()))
+        trainer, seen = nb["trainer"], watch(nb)
+        nb["share_prompts"](trainer)
+        trainer.train(resume_from_checkpoint=nb["checkpoint"] and str(nb["checkpoint"]))
+        planned = [*zip(*nb["batches"], strict=True)][-len(seen) :]
+        assert {again for *_, again in seen} == layers and len(seen) == (2 if nb["checkpoint"] else 8)
+        assert all(ran[0] == plan[0] and ran[1] <= 1.05 * plan[1] for ran, plan in zip(seen, planned, strict=True))
+        history = [[entry.get(name) for name in METRICS] for entry in trainer.state.log_history]
+        found.append((history, [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]))
+        needed = nb["step_memory"](nb["config"], *nb["batches"][:2], len(found), **nb["kind"])
+        plan_with(monkeypatch, nb, np.median(needed) if folder == "none" else needed.max())
         shutil.rmtree(tmp_path / "some" / "checkpoint-4", ignore_errors=True)
-    (history, adapter, none), some, resumed = found
-    assert [number for *_, number in none] == [0] * 8 and len({number for *_, number in some[2]}) > 1
-    assert [number for *_, number in resumed[2]] == [2] * 2
-    for *planned, (tokens, cells, _) in zip(*nb["batches"][:2], none, strict=True):
-        assert planned[0] == tokens and cells <= 1.05 * planned[1]  # the plan's batches are those that run
-    for others, other, _ in (some, resumed):
-        assert others == history and all(map(torch.equal, other, adapter))
+    for history, adapter in found[1:]:
+        assert history == found[0][0] and all(map(torch.equal, adapter, found[0][1]))
 
 
 def test_order_of_training():
@@ -260,12 +256,12 @@ def test_order_of_training():
 
 @pytest.mark.parametrize("share_prompt", [True, False], ids=["shared", "plain"])
 @pytest.mark.parametrize("much", [True, False], ids=["much memory", "little memory"])
-def test_what_is_trained_is_what_was_planned(prepare, much, share_prompt):
+def test_what_is_trained_is_what_was_planned(prepare, monkeypatch, much, share_prompt):
     nb = prepare(share_prompt=share_prompt)
     if not much:
         least = nb["step_memory"](nb["config"], 2 * nb["longest"], 2 * nb["longest"], 2, **nb["kind"]).max()
-        nb["memory"] = 1.6 * (nb["fixed"] + least)  # of which a CPU plans with 0.65
-        rebuild(run_cell("split-of-a-step", nb))
+        plan_with(monkeypatch, nb, least)
+        nb = prepare(share_prompt=share_prompt)
     trainer, at_once, seen = nb["trainer"], nb["at_once"], []
     args, parts = trainer.args, zip(*[map(nb["rows"].__getitem__, nb["order"])] * at_once, strict=True)
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (at_once, 8 // at_once)
@@ -277,8 +273,7 @@ def test_what_is_trained_is_what_was_planned(prepare, much, share_prompt):
         assert batch["attention_mask"].sum() <= cells <= batch["input_ids"].numel()
     if share_prompt:
         nb["share_prompts"](trainer)
-    embeddings = trainer.model.get_input_embeddings()
-    embeddings.register_forward_pre_hook(lambda module, args: seen.append(args[0].numel()))
+    trainer.model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
     nb["try_longest"](trainer)
     assert seen == [nb["batches"][0][nb["needs"].argmax()]] * 2  # of the reference and of the policy
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
