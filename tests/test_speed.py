@@ -288,6 +288,9 @@ def test_the_plan_is_the_least_work_that_fits(share, alike):
         works = {}
         for size in sizes:
             _, tokens, cells, again = plan([size], room)
+            groups = lengths.reshape(-1, size)
+            padded = size * groups.max(axis=1)
+            assert [*cells] == [*(padded + groups.sum(axis=1) if share else 2 * padded)]
             fits = nb["step_memory"](config, tokens, cells, np.arange(33)[:, None]) <= room
             fewest = fits.argmax(axis=0)
             if (alike or not share) and fewest.any():
@@ -311,11 +314,11 @@ def test_the_arithmetic_of_the_weights(prepare, load_in_4bit):
 
 
 @pytest.mark.parametrize("checkpointed", [0, 2, 6])
-@pytest.mark.parametrize("name", ["mistral", "qwen 3"])
-def test_the_arithmetic_of_activations(name, checkpointed):
+@pytest.mark.parametrize("name, head_dim", [("mistral", 64), ("qwen 3", 32)])
+def test_the_arithmetic_of_activations(name, head_dim, checkpointed):
     """Of a 16-bit base, against all that autograd keeps in a forward pass. A 4-bit base: see test_simulate.py."""
-    width = dict(hidden_size=256, intermediate_size=896, num_hidden_layers=6, num_attention_heads=8, head_dim=32)
-    config = type(MODELS[name])(vocab_size=64, num_key_value_heads=2, **width)
+    width = dict(hidden_size=256, intermediate_size=896, num_hidden_layers=6, num_attention_heads=8)
+    config = type(MODELS[name])(vocab_size=64, num_key_value_heads=2, head_dim=head_dim, **width)
     model, asked = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), []
     add_fused_lm_head(model, outputs=FIELDS)
     alone("run-prompts-once")["run_prompts_once"](model, lambda *size: asked.append(size) or checkpointed)
