@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from forked import read
 from notebook import ROOT, run_cell, run_cells
 from safetensors.torch import load_file
 from test_recipes import command
@@ -25,7 +26,6 @@ from transformers import LlamaConfig
 
 from rehearsal.hub import Hub
 
-RECIPE = ROOT / "recipes" / "more_gpus"
 PARAMETERS = {**SMALL, "eval_pairs": 12, "pairs_per_step": 12, "max_steps": 6}
 # float32 sums in another order; the largest differences seen are 3e-7 in losses, margins and adapter.
 BOUND = 5e-6
@@ -58,50 +58,41 @@ def place(models, pairs_file, tmp_path_factory):
         (folder / name).symlink_to(ROOT / name)
     parameters = {**PARAMETERS, "base_model": models["qwen"], "dataset_id": pairs_file}
     (folder / "parameters.yaml").write_text(json.dumps(parameters))  # JSON is YAML
-    (folder / "site").mkdir()
-    (folder / "site" / "sitecustomize.py").write_text(FSDP_ON_CPU)
+    (folder / "sitecustomize.py").write_text(FSDP_ON_CPU)
     return folder
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    with Hub(tmp_path_factory.mktemp("hub")) as hub:
-        yield hub
+def start(place):
+    """start(name, launcher) launches a script, made by the recipe's commands, and returns the process and its log."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(place)}
+    environment["ACCELERATE_USE_CPU"] = "true"
 
-
-@pytest.fixture(scope="module")
-def start(place, hub, tmp_path_factory):
-    """Starts a run on so many processes, by the recipe's commands, and returns the launcher's process and its log."""
-    environment = os.environ | hub.environment(tmp_path_factory.mktemp("cache"))
-    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "ACCELERATE_USE_CPU": "true"}
-    environment["PYTHONPATH"] = str(place / "site")
-
-    def start(name, processes, launcher=None, **changes):
-        parameters = {"output_dir": name, "new_model": name, "push_to_hub": False, **changes}
+    def start(name, launcher, **changes):
+        log, parameters = place / f"{name}.log", {"output_dir": name, "new_model": name, **changes}
         options = " ".join(f"-p {key} {value}" for key, value in parameters.items())
         prepare = command("more_gpus", "papermill --prepare-only") + f" {options}"
         for line in (prepare, command("more_gpus", "jupyter nbconvert")):
-            line = line.replace("run.ipynb", f"{name}.ipynb")
-            subprocess.run(line, shell=True, cwd=place, env=environment, check=True, capture_output=True)
-        # What `accelerate launch` finds out by itself where there are GPUs.
-        several = f"accelerate launch --multi_gpu --num_processes {processes} --main_process_port 0"
-        words = (launcher or (several if processes > 1 else "python")).split() + [f"{name}.py"]
-        log = place / f"{name}-{processes}.log"
+            if not (place / f"{name}.py").exists():
+                line = line.replace("run.ipynb", f"{name}.ipynb")
+                subprocess.run(line, shell=True, cwd=place, env=environment, check=True, capture_output=True)
+        words = [*launcher.split(), f"{name}.py"]
         with log.open("w") as output:
-            process = subprocess.Popen(words, cwd=place, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        return process, log
+            return subprocess.Popen(words, cwd=place, env=environment, stdout=output, stderr=subprocess.STDOUT), log
 
-    return start
+    with Hub(place / "hub") as start.hub:
+        environment |= start.hub.environment(place / "cache")
+        yield start
 
 
 def finish(process, log):
-    assert process.wait(timeout=240) == 0, log.read_text(errors="replace")[-3000:]
-    return log.read_text(errors="replace")
+    assert process.wait(timeout=240) == 0, read(log)[-3000:]
+    return read(log)
 
 
 def wait_for_a_checkpoint(folder, process, log):
     while not list(folder.glob("checkpoint-[2-4]/whole.json")):
-        assert process.poll() is None, log.read_text(errors="replace")[-3000:]
+        assert process.poll() is None, read(log)[-3000:]
         time.sleep(0.01)
 
 
@@ -125,84 +116,85 @@ def assert_close(one, other):
 
 @pytest.fixture(scope="module")
 def one(start, place):
-    finish(*start("one", 1))
-    return outcome(place / "one")
+    """The outcome of a run on one process, in which something is learnt."""
+    finish(*start("one", "python", push_to_hub=False))
+    found = outcome(place / "one")
+    assert max(abs(margin) for *_, margin in found[0] if margin) > 100 * BOUND
+    return found
 
 
-def test_the_slurm_job(start, place, hub, one, tmp_path):
-    """Two machines on one, as on one process: srun runs the command as two tasks, as on two nodes."""
+def test_a_run_that_lost_a_process_goes_on_as_a_slurm_job(start, place, one, tmp_path):
+    """The launcher ends with an error, no hang; two machines on one, as srun has them, end the run as on one process."""
+    # What `accelerate launch` finds out by itself where there are GPUs.
+    process, log = start("several", "accelerate launch --multi_gpu --num_processes 3 --main_process_port 0")
+    wait_for_a_checkpoint(place / "several", process, log)
+    workers = [child for child in psutil.Process(process.pid).children() if "several.py" in child.cmdline()]
+    assert len(workers) == 3
+    workers[1].send_signal(signal.SIGKILL)
+    assert process.wait(timeout=60) != 0 and "Trained to step" not in read(log)
+    assert read(log).count("a new run") == 1
+
     (tmp_path / "srun").write_text('#!/bin/bash\nSLURM_PROCID=1 "$@" & other=$!\nSLURM_PROCID=0 "$@" && wait $other\n')
     (tmp_path / "scontrol").write_text("#!/bin/bash\necho localhost\necho elsewhere\n")
     for stand_in in tmp_path.iterdir():
         stand_in.chmod(0o755)
-    job = (RECIPE / "job.sh").read_text()
-    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", job.partition("\nexport")[0], re.MULTILINE))
-    assert job.startswith("#!/bin/bash\n#SBATCH") and (asked["nodes"], asked["ntasks-per-node"]) == ("2", "1")
-    assert "gpus-per-node" in asked  # Slurm then tells how many in SLURM_GPUS_PER_NODE
+    job = (ROOT / "recipes/more_gpus/job.sh").read_text()
+    asked = re.findall(r"^#SBATCH (--\S+)", job.removeprefix("#!/bin/bash\n").partition("\nexport")[0], re.MULTILINE)
+    assert {"--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=8"} <= {*asked}  # Slurm tells of them in variables
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     nodes = f"env SLURM_NNODES=2 SLURM_GPUS_PER_NODE=1 SLURM_JOB_NODELIST=n[1-2] PORT={random.randrange(20000, 60000)}"
-    log = finish(*start("slurm", 2, f"{nodes} PATH={path} bash recipes/more_gpus/job.sh", push_to_hub=True))
-    assert (
-        "2 × CPU" in log and max(abs(margin) for *_, margin in one[0] if margin) > 100 * BOUND
-    )  # something was learnt
-    assert_close(outcome(place / "slurm"), one)
-    for said in ("a new run", "accumulated: ", "Trained to step 6", "after the merge", "What is a neural network"):
-        assert len(re.findall(f"^.*{said}", log, re.MULTILINE)) == 1, said  # by the first alone
-    pushed, uploads = hub.folder(f"{hub.user}/slurm"), [path for method, path in hub.requests if method == "PUT"]
-    assert len(uploads) == len(set(uploads)) and len([path for _, path in hub.requests if "create" in path]) == 1
-    merged = place / "slurm" / "merged" / "model.safetensors"
-    assert (pushed / "model.safetensors").read_bytes() == merged.read_bytes()
-
-
-@pytest.mark.parametrize("asked, processes, found", [(12, 3, 12), (11, 2, 10), (11, 3, 9)])
-def test_each_process_evaluates_as_many_pairs(models, pairs_file, tmp_path, asked, processes, found):
-    changes = dict(base_model=models["qwen"], dataset_id=pairs_file, output_dir=str(tmp_path), eval_pairs=asked)
-    nb = run_cells("install", "lengths", **PARAMETERS | changes)
-    nb["processes"] = types.SimpleNamespace(num_processes=processes)
-    assert len(run_cell("split", nb)["held_out"]) == found
+    said = finish(*start("several", f"{nodes} PATH={path} bash recipes/more_gpus/job.sh"))
+    assert_close(outcome(place / "several"), one)
+    for once in (
+        "2 × CPU",
+        "Going on from checkpoint-[2-5]",
+        "Trained to step 6",
+        "after the merge",
+        "a neural network",
+    ):
+        assert len(re.findall(f"^.*{once}", said, re.MULTILINE)) == 1, once  # by the first alone
+    uploads = [path for method, path in start.hub.requests if method == "PUT"]
+    assert len(uploads) == len(set(uploads)) and len([path for _, path in start.hub.requests if "create" in path]) == 2
+    pushed, merged = start.hub.folder("rehearsal/several"), place / "several" / "merged"
+    assert (pushed / "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
 
 
 def test_fsdp_as_on_one_process(start, place, one):
     """The 4-bit base, split over two processes by the recipe's file, exact as CPUs are, killed and gone on with."""
     fsdp = command("more_gpus", "accelerate launch --config_file").removesuffix(" run.py")
     fsdp += " --num_processes 2 --mixed_precision no --main_process_port 0"
-    process, log = start("fsdp", 2, fsdp)
+    process, log = start("fsdp", fsdp, push_to_hub=False)
     wait_for_a_checkpoint(place / "fsdp", process, log)
     process.terminate()
     process.wait(60)
     assert list((place / "fsdp").glob("checkpoint-*/pytorch_model_fsdp.bin"))  # it was FSDP
-    assert re.search(r"Going on from checkpoint-[2-5]", finish(*start("fsdp", 2, fsdp)))
+    assert re.search(r"Going on from checkpoint-[2-5]", finish(*start("fsdp", fsdp)))
     assert_close(outcome(place / "fsdp"), one)
+
+
+def test_each_process_evaluates_as_many_pairs(models, pairs_file, tmp_path):
+    sources = dict(base_model=models["qwen"], dataset_id=pairs_file, output_dir=str(tmp_path))
+    nb = run_cells("install", "lengths", **PARAMETERS | sources)
+    for asked, processes, found in ((12, 3, 12), (11, 2, 10), (11, 3, 9)):
+        nb.update(eval_pairs=asked, processes=types.SimpleNamespace(num_processes=processes))
+        assert len(run_cell("split", nb)["held_out"]) == found
 
 
 @pytest.mark.recipes
 def test_the_skypilot_job(tmp_path):
     """Read by SkyPilot's own parser, in an environment of its own: it wants an older click than huggingface_hub does."""
-    job = yaml.safe_load((RECIPE / "job.yaml").read_text())
+    job = yaml.safe_load((ROOT / "recipes/more_gpus/job.yaml").read_text())
     job.pop("file_mounts")  # a bucket wants an account
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", "skypilot>=0.14.1,<0.15"], check=True)
     source = (
-        "import sky; task = sky.Task.from_yaml('job.yaml'); print(task.name, [r.accelerators for r in task.resources])"
+        "import sky; task = sky.Task.from_yaml('job.yaml'); print(task.name, *[r.accelerators for r in task.resources])"
     )
     environment = os.environ | {"HOME": str(tmp_path)}
     printed = subprocess.check_output([python, "-c", source], cwd=tmp_path, env=environment, text=True)
-    assert printed.splitlines()[-1] == "dpo-finetune [{'H100': 8}]"
-
-
-def test_a_process_that_is_killed_ends_the_launch_and_the_run_goes_on(start, place, one):
-    """No hang: the launcher ends with an error; on another number of processes the run ends as if it had not been cut."""
-    process, log = start("cut", 2)
-    wait_for_a_checkpoint(place / "cut", process, log)
-    workers = [child for child in psutil.Process(process.pid).children() if "cut.py" in " ".join(child.cmdline())]
-    assert len(workers) == 2
-    workers[1].send_signal(signal.SIGKILL)
-    assert process.wait(timeout=60) != 0 and "Trained to step" not in log.read_text(errors="replace")
-    again = finish(*start("cut", 3))
-    assert re.search(r"Going on from checkpoint-[2-5]", again)
-    assert_close(outcome(place / "cut"), one)
+    assert printed.splitlines()[-1] == "dpo-finetune {'H100': 8}"
 
 
 SHAPE = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
@@ -212,15 +204,15 @@ MEMORY = {"16": 15.8e9, "24": 23.7e9, "48": 47.7e9, "80": 85.0e9}  # as torch re
 
 
 def test_the_table_is_the_plan(tmp_path):
-    readme, planned = (RECIPE / "README.md").read_text(), []
+    readme, planned = (ROOT / "recipes/more_gpus/README.md").read_text(), []
+    given = dict(base_model=str(tmp_path), base_revision="", lora_rank=16, max_length=1536, pairs_per_step=16)
+    given |= dict(torch=torch, shutil=shutil, folder=tmp_path, trained=False, merged=True, on_gpu=True)
+    given |= dict(load_in_4bit=True, share_prompt=True, gather_object=list)
+    given |= dict(order=range(64), once=np.full(64, 2 * 1536 - 21), longest=np.full(64, 1536))
     for model, gpus, memory, engine in re.findall(r"^\| (\d+B) \| (\d) × (\d+) GB \| (\w+) ", readme, re.MULTILINE):
         LlamaConfig(**dict(zip(SHAPE, SHAPES[model], strict=True))).save_pretrained(tmp_path)
-        nb = dict(base_model=str(tmp_path), base_revision="", lora_rank=16, max_length=1536, pairs_per_step=16)
-        nb |= dict(torch=torch, shutil=shutil, folder=tmp_path, trained=False, merged=True, load_in_4bit=True)
-        nb |= dict(processes=types.SimpleNamespace(num_processes=int(gpus)), sharded=engine == "FSDP", on_gpu=True)
-        nb |= dict(gather_object=list)
-        nb |= dict(memory=MEMORY[memory], dtype=torch.float16 if memory == "16" else torch.bfloat16, share_prompt=True)
-        nb |= dict(order=range(64), once=np.full(64, 2 * 1536 - 21), longest=np.full(64, 1536))
+        nb = given | dict(processes=types.SimpleNamespace(num_processes=int(gpus)), sharded=engine == "FSDP")
+        nb |= dict(memory=MEMORY[memory], dtype=torch.float16 if memory == "16" else torch.bfloat16)
         for cell in ("base", "memory", "split-of-a-step"):
             run_cell(cell, nb)
         split = f"{nb['at_once']} × {nb['each'] // nb['at_once']} × {gpus} | {nb['again']:.0f}"
