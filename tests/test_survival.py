@@ -325,6 +325,9 @@ def test_a_hub_that_does_not_answer_yet_stops_nothing(finished, hub, capsys, req
         if fault in (503, cut, silence):
             run_cell("sources", finished)
             assert finished["base_revision"] == hub.head(("model", "some/base"))[0]
+            for name in ("base_revision", "dataset_revision"):  # what is asked for is not passed over
+                with pytest.raises((AssertionError, ValueError), match=f"{name}|0000"):
+                    run_cell("sources", finished | {name: "0" * 40})
     assert fault != silence or all(finished["patience"]), "it would be waited for without end"
     run_cell("push", finished)
     there = pushed(hub, finished["new_model"])

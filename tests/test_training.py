@@ -40,6 +40,7 @@ def test_loss_margins_and_gradient_are_the_papers(prepare, models):
     margins = torch.stack(margins)
     expected = -torch.log(1 / (1 + torch.exp(-margins))).mean()
     expected.backward()
+    assert trainer.model.peft_config["default"].lora_alpha == 8
     assert expected.item() != pytest.approx(math.log(2), abs=1e-3)  # the perturbed adapter is really in play
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert metrics["rewards/margins"][-1] == pytest.approx(margins.mean().item(), rel=1e-4, abs=1e-5)
