@@ -96,7 +96,7 @@ UNREADABLE = {  # the layout of the rows around it, the row, and a word of the r
     "no content": ("lists", {"prompt": [{"role": "user"}], **lists()}, "text"),
     "an image": ("lists", {"prompt": [message("user", [{"type": "image"}, *PARTS])], **lists()}, "text"),
     "a part of null": ("lists", {"prompt": [message("user", [{"type": "text", "text": None}])], **lists()}, ""),
-    "a part that is a text": ("lists", {"prompt": [message("user", ["Hi"])], **lists()}, "text"),
+    "a part that is a text": ("lists", {"prompt": [message("user", ["a text"])], **lists()}, "text"),
     "answer of the user": ("lists", {"prompt": USER, **lists(), "rejected": USER}, "user"),
     "answer is a tool call": ("lists", {"prompt": USER, **lists(), "chosen": [TOOL]}, "more than text"),
     "two conversations": ("lists", {**lists(*USER), "chosen": lists(*EARLIER)["chosen"]}, "two"),

@@ -3,6 +3,7 @@
 import math
 import weakref
 from contextlib import nullcontext
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -72,6 +73,21 @@ def test_a_4_bit_base_and_its_float32_adapter(prepare):
     held = [weakref.ref(thing) for thing in (*held, *nb["model"].parameters())]
     run_cell("free", nb)
     assert not any(thing() for thing in held)
+
+
+def test_questions_are_asked_as_pairs_are_trained(prepare):
+    """All at once, padded on the left."""
+    nb = prepare("llama3", load_in_4bit=False)
+    with patch.object(nb["model"], "generate", wraps=nb["model"].generate) as generate:
+        assert [*nb["ask"](nb["model"])] == nb["QUESTIONS"]
+    ids, masks = (generate.call_args.kwargs[name] for name in ("input_ids", "attention_mask"))
+    for question, row, mask in zip(nb["QUESTIONS"], ids, masks, strict=True):
+        turns = [
+            {"role": "system", "content": "You are a helpful assistant chatbot."},
+            {"role": "user", "content": question},
+        ]
+        asked = nb["tokenizer"].apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+        assert row[mask.bool()].tolist() == asked and mask[-len(asked) :].all()
 
 
 # The checks of the notebook, each made to fail once.
