@@ -247,7 +247,7 @@ def plan_for(card):
     with torch.device("meta"):
         model = hf.AutoModelForCausalLM.from_config(hf.MistralConfig(**SHAPE))
     linear = [x for x in model.modules() if isinstance(x, torch.nn.Linear)][:-1]  # but the head
-    nb = run_cell("parameters", dict(torch=torch, random=random, config=model.config, linear=linear))
+    nb = run_cell("parameters", dict(torch=torch, random=random, config=model.config, linear=linear, skeleton=model))
     nb |= dict(on_gpu=True, memory=memory, dtype=dtype, trained=False, sharded=False, train=range(len(pairs)))
     nb |= dict(processes=mock.Mock(num_processes=1), gather_object=list, parameter_count=model.num_parameters())
     nb["adapter_size"] = sum(nb["lora_rank"] * (layer.in_features + layer.out_features) for layer in linear)
