@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from notebook import alone, run_cell
+from notebook import alone, run_cell, run_cells
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
+from trainers import SMALL
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MistralConfig
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
@@ -311,6 +312,16 @@ def test_the_arithmetic_of_the_weights(prepare, load_in_4bit):
     assert nb["fixed"] - nb["own"] - 16 * nb["adapter_size"] == pytest.approx(
         weights, rel=0.05 if load_in_4bit else 1e-3
     )
+
+
+@pytest.mark.parametrize("name", ["qwen 2", "qwen 3"])
+def test_the_plan_sees_whether_queries_and_keys_are_normed(name, models, pairs_file, tmp_path):
+    base = shutil.copytree(models["qwen"], tmp_path / "base")
+    vocabulary = AutoConfig.from_pretrained(base).vocab_size
+    type(MODELS[name])(**GROUPED | dict(vocab_size=vocabulary)).save_pretrained(base)
+    sources = dict(base_model=str(base), dataset_id=pairs_file, output_dir=str(tmp_path / "run"))
+    nb = run_cells("install", "split-of-a-step", **SMALL | sources)
+    assert nb["kind"]["normed"] == (name == "qwen 3")
 
 
 @pytest.mark.parametrize("checkpointed", [0, 2, 6])
