@@ -88,6 +88,7 @@ def in_words(**changes):
         ),
         (1, dict(shallow=0.88), "may be all that was learnt"),
         (1, dict(right=0.62, pairs=16, shallow=0.9), "may be chance"),
+        (1, dict(right=0.58, shallow=0.3), "may be chance"),
         (1, dict(right=1.0, pairs=16), "81% to 100%"),
         (2, {}, "is +0.10: they became more likely."),
         (2, dict(chosen=-0.5), "is -0.50: they became less likely."),
