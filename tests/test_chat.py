@@ -128,6 +128,19 @@ def test_a_greeting_stays_the_assistants(models):
     assert [turn["role"] for turn in turns if "Hello." in turn["content"]] == ["assistant"]
 
 
+def test_a_tokenizer_that_pads_and_truncates_by_itself(models, tmp_path):
+    """As its file says, or as a call left it."""
+    tokenizer = AutoTokenizer.from_pretrained(models["qwen"])
+    tokenizer.backend_tokenizer.enable_truncation(16)
+    tokenizer.backend_tokenizer.enable_padding()
+    tokenizer.save_pretrained(tmp_path)
+    nb = read(str(tmp_path), pair("A bee?", system="Be brief. " * 9))
+    check(nb, nb["rows"][0], pair("A bee?", system="Be brief. " * 9))
+    expected = nb["encode"](nb["tokenizer"], talk("A bee?"), *ANSWERS, 3000)
+    nb["tokenizer"]("A bee?", truncation=True, max_length=8)
+    assert nb["encode"](nb["tokenizer"], talk("A bee?"), *ANSWERS, 3000) == expected
+
+
 @pytest.mark.parametrize("kind", DROPPED)
 def test_what_cannot_be_trained_as_it_is_written_is_dropped(kind, tmp_path):
     template, texts, answers, word = DROPPED[kind]

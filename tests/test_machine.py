@@ -112,6 +112,8 @@ def test_the_plan_on_a_cpu_is_of_the_least_free_memory_of_all_processes(models, 
     tight = split(free)
     assert max(nb["needs"]) < 0.9 * free and (tight[0] < roomy[0] or tight[1] > 0)
     assert split(64e9, [free]) == tight
+    nb["trained"] = True  # elsewhere: it has to fit no more
+    split(0.1 * free)
 
 
 def test_a_model_that_was_trained_elsewhere_may_be_too_large_to_train_here(tmp_path):

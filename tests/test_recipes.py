@@ -125,6 +125,7 @@ def test_evaluate(hub):
 
     instead = 'lm_eval() { echo "$@"; }; export -f lm_eval'
     shown = run(f"{instead}; bash recipes/evaluate/run.sh {BASE} {MERGED} tiny.yaml:1")
+    assert f"revision={sources['base_revision']}" in asked[0]
     asked = [re.sub(r",revision=\w+", "", line) for line in asked]
     assert [sorted(line.split()) for line in asked] == [sorted(line.split()) for line in shown.splitlines()]
 

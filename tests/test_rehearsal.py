@@ -57,12 +57,12 @@ def test_the_notebook_is_unchanged_and_shows_every_choice(rehearsal):
     code = [cell for cell in executed["cells"] if cell["cell_type"] == "code"]
     code = [cell for cell in code if "injected-parameters" not in cell["metadata"]["tags"]]
     assert {cell["id"]: "".join(cell["source"]) for cell in code} == CELLS
-    shown = {cell["id"]: json.dumps(cell["outputs"]) for cell in code}
+    shown = {cell["id"]: json.dumps(cell["outputs"], ensure_ascii=False) for cell in code}
     expected = {
         "accounts": f"{REPOSITORY}, private: True",
         "tokenizer": "equal to a sentencepiece model",
         "rows": "Rows: 368. Dropped: 8. Kept: 360.",
-        "split-of-a-step": "4 pairs at once",
+        "split-of-a-step": "4 pairs at once × 4 accumulated: of the splits that fit, the one with the least work",
         "train": "Prompts are run once",
     }
     expected |= {f"plot-{name}": "image/png" for name in ("loss", "rewards", "margins", "accuracies")}

@@ -103,6 +103,17 @@ def test_values_and_gradients_are_stock_trls(name, capability, monkeypatch):
 
 
 @torch.no_grad()
+def test_half_precision():
+    """Under bf16 autocast the two ways differ by rounding only: no more than bf16 differs from float32."""
+    exact, model = build("llama")(**inputs()).log_probs, build("llama").to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = model(**inputs()).log_probs
+        alone("run-prompts-once")["run_prompts_once"](model)
+        shared = model(**inputs()).log_probs
+    assert (shared - plain).abs().max() <= (plain - exact).abs().max()
+
+
+@torch.no_grad()
 def test_other_calls_go_the_usual_way():
     run_prompts_once = alone("run-prompts-once")["run_prompts_once"]
     model, batch, padded_left = build("mistral, window of 7"), inputs(), torch.tensor([[0, 0, 1, 1, 1, 1]])

@@ -80,6 +80,7 @@ def test_questions_are_asked_as_pairs_are_trained(prepare):
     nb = prepare("llama3", load_in_4bit=False)
     with patch.object(nb["model"], "generate", wraps=nb["model"].generate) as generate:
         assert [*nb["ask"](nb["model"])] == nb["QUESTIONS"]
+    assert nb["tokenizer"].backend_tokenizer.padding is None  # or it would be saved so
     ids, masks = (generate.call_args.kwargs[name] for name in ("input_ids", "attention_mask"))
     for question, row, mask in zip(nb["QUESTIONS"], ids, masks, strict=True):
         turns = [
