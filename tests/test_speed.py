@@ -269,11 +269,11 @@ def test_order_of_training():
 @pytest.mark.parametrize("share_prompt", [True, False], ids=["shared", "plain"])
 @pytest.mark.parametrize("much", [True, False], ids=["much memory", "little memory"])
 def test_what_is_trained_is_what_was_planned(prepare, monkeypatch, much, share_prompt):
-    nb = prepare(share_prompt=share_prompt)
+    nb = prepare(share_prompt=share_prompt, eval_pairs=6)
     if not much:
         least = nb["step_memory"](nb["config"], 2 * nb["longest"], 2 * nb["longest"], 2, **nb["kind"]).max()
         plan_with(monkeypatch, nb, least)
-        nb = prepare(share_prompt=share_prompt)
+        nb = prepare(share_prompt=share_prompt, eval_pairs=6)
     trainer, at_once, seen = nb["trainer"], nb["at_once"], []
     args, parts = trainer.args, zip(*[map(nb["rows"].__getitem__, nb["order"])] * at_once, strict=True)
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (at_once, 8 // at_once)
