@@ -240,8 +240,7 @@ QUESTIONS = [i % 20 if i < 60 else i for i in range(100)]
 def split_and_order(**changes):
     """100 pairs, 60 of them over 20 questions, split and put in order: the namespace."""
     sizes = np.random.default_rng(0).integers(10, 99, 100)
-    pairs = {i: {"question": question} for i, question in enumerate(QUESTIONS)}
-    nb = {"pairs": pairs, "rows": QUESTIONS, "once": sizes, "longest": sizes, "share_prompt": True}
+    nb = {"questions": QUESTIONS, "rows": QUESTIONS, "once": sizes, "longest": sizes, "share_prompt": True}
     nb |= {"processes": SimpleNamespace(num_processes=1), "seed": 0, "eval_pairs": 20, "pairs_per_step": 8}
     return run_cell("order", run_cell("split", nb | {"max_steps": 4} | changes))
 
