@@ -4,7 +4,6 @@ import gzip
 import json
 import unicodedata
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
