@@ -137,8 +137,26 @@ def test_a_tokenizer_that_pads_and_truncates_by_itself(models, tmp_path):
     nb = read(str(tmp_path), pair("A bee?", system="Be brief. " * 9))
     check(nb, nb["rows"][0], pair("A bee?", system="Be brief. " * 9))
     expected = nb["encode"](nb["tokenizer"], talk("A bee?"), *ANSWERS, 3000)
-    nb["tokenizer"]("A bee?", truncation=True, max_length=8)
+    nb["tokenizer"]("A bee?", truncation=True, padding="max_length", max_length=8)
     assert nb["encode"](nb["tokenizer"], talk("A bee?"), *ANSWERS, 3000) == expected
+    tokenizer.backend_tokenizer.enable_padding(length=99)
+    assert alone("encode")["encode"](tokenizer, talk("A bee?"), *ANSWERS, 3000) == expected
+
+
+def test_a_pair_of_exactly_max_length_is_kept(models):
+    encode, tokenizer = alone("encode")["encode"], AutoTokenizer.from_pretrained(models["llama3"])
+    ids = encode(tokenizer, talk("A bee?"), *ANSWERS, 3000)
+    length = len(ids["prompt_ids"]) + max(len(ids["chosen_ids"]), len(ids["rejected_ids"]))
+    assert encode(tokenizer, talk("A bee?"), *ANSWERS, length) == ids
+    with pytest.raises(ValueError, match=f"more than {length - 1} tokens"):
+        encode(tokenizer, talk("A bee?"), *ANSWERS, length - 1)
+
+
+def test_a_template_that_refuses_a_row(models):
+    """Costs that row, and the reason is the template's own."""
+    tokenizer = AutoTokenizer.from_pretrained(models["mistral-instruct"])
+    with pytest.raises(ValueError, match="the chat template refuses it: Conversation roles must alternate"):
+        alone("encode")["encode"](tokenizer, [*talk("A bee?"), *talk("A bat?")], *ANSWERS, 3000)
 
 
 @pytest.mark.parametrize("kind", DROPPED)

@@ -15,7 +15,8 @@ from notebook import CELLS, alone, run_cell
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-COPYABLE = ["read-pair", "encode", "memory", "load-model", "run-prompts-once", "score", "merge-in-shards", "card"]
+COPYABLE = """load-pairs read-pair encode split-by-question memory load-model run-prompts-once score merge-in-shards
+card""".split()
 
 
 def outer_names(code):

@@ -1,5 +1,6 @@
 """What users get wrong ends in one sentence before the weights are loaded, and harms nothing that is on disk."""
 
+import ast
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import standins
 import torch
+import yaml
 from conftest import some_pairs
 from notebook import CELLS, run_cells
 from safetensors.torch import load_file
@@ -66,9 +68,28 @@ CASES = [
     case("unknown ending", "first-row", "jsonl.*parquet", "nope", "xlsx"),
     case("malformed line", "first-row", "line 4 .*what", lines(*PAIRS[:3], '{"question": what', *PAIRS[3:])),
     case("line that is a number", "first-row", "line 2 .*'7'", lines(PAIRS[0], "7")),
-    case("not in UTF-8", "first-row", None, lines(*PAIRS, '{"question": "é"}')),
-    case("column missing", "rows", "'question', 'chosen'", lines({"question": "a", "chosen": "b"})),
-    case("rows inside an object", "rows", "'data'", lines({"data": PAIRS}), "json"),
+    case(
+        "not in UTF-8",
+        "first-row",
+        "pairs.jsonl is not UTF-8.*save it again in UTF-8",
+        lines(*PAIRS, '{"question": "é"}'),
+    ),
+    case(
+        "column missing",
+        "find-markup",
+        "rejected answer.*'question', 'chosen'",
+        lines({"question": "a", "chosen": "b"}),
+    ),
+    case("rows inside an object", "find-markup", "'data'", lines({"data": PAIRS}), "json"),
+    case(
+        "few questions", "split", "All 40 pairs have the same question", lines(*({**p, "question": "a"} for p in PAIRS))
+    ),
+    case(
+        "comparisons",
+        "find-markup",
+        "from_comparisons.py",
+        lines({"prompt": "a", "response_a": "b", "response_b": "c"}),
+    ),
     case("all too long", "rows", "No row", max_length=4),
     case("fewer rows than eval_pairs", "split", "40 pairs.*eval_pairs", eval_pairs=40),
     case("fewer rows than a step", "split", "40 pairs.*pairs_per_step", pairs_per_step=64),
@@ -101,6 +122,15 @@ def hub(models, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def pairs_in_the_working_folder(hub, tmp_path, monkeypatch):
+    """There is no Drive on this machine, and no folder is made where it would be."""
+    make_folder, is_mount = os.mkdir, Path.is_mount
+
+    def mkdir(path, *args, **options):
+        assert not Path(path).is_relative_to("/content"), f"{path} is made though no Drive is mounted"
+        make_folder(path, *args, **options)
+
+    monkeypatch.setattr("os.mkdir", mkdir)
+    monkeypatch.setattr(Path, "is_mount", lambda path: not path.is_relative_to("/content") and is_mount(path))
     monkeypatch.chdir(tmp_path)
     Path("good.jsonl").write_text(lines(*PAIRS))
 
@@ -145,9 +175,69 @@ def test_one_sentence(cell, says, text, ending, model, parameters, models):
         change(Path("model"))
     before = seal_a_run()
     error, stopped = stop(models, **parameters)
-    assert cell in (None, stopped) and what_is_left() == before and not Path("/content/drive/of-nobody").exists()
+    assert cell in (None, stopped) and what_is_left() == before
     assert not isinstance(error, KeyError | TypeError | AttributeError)
     assert says is None or re.fullmatch(f".*{says}.*", str(error)), error
+
+
+def test_a_mounted_drive_is_written_to(monkeypatch):
+    """As far as to make the folder there, which no test does."""
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == Path("/content/drive"))
+    with pytest.raises(AssertionError, match="/content.* is made though"):
+        run_cells("install", "state", output_dir="/content/drive/of-nobody")
+
+
+PARAMETERS = {  # a parameter's kind, what a YAML file, a form or a command line makes of it, and what is meant
+    "rate": (float, ["5e-5", 5e-5, " 0.00005 "], 5e-5),
+    "steps": (int, [200, "200", 200.0, "2e2"], 200),
+    "beta": (float, [1, "1", 1.0], 1.0),
+    "off": (bool, [False, "false", "False", 0, "0"], False),
+    "on": (bool, [True, "true", "TRUE", 1], True),
+    "revision": (str, ["1234567", 1234567], "1234567"),
+    "empty": (str, ["", None, " "], ""),
+}
+NO_PARAMETERS = {  # a kind, and what cannot be meant
+    float: ["five", "0,1", "", None, True, [1]],
+    int: ["4.5", 4.5, float("inf"), float("nan"), "1,000", False, None],
+    bool: ["maybe", 2, None, ""],
+    str: [1e5, True, ["a"]],
+}
+wired = pytest.mark.skipif("read_parameters" not in CELLS["machine"], reason="the notebook has no read_parameters")
+
+
+def read_parameters():
+    """The function of the notebook that reads parameters, alone."""
+    found = [node for node in ast.parse(CELLS["machine"]).body if isinstance(node, ast.FunctionDef)]
+    namespace = {}
+    exec(compile(ast.Module(found, []), "machine", "exec"), namespace)
+    return namespace["read_parameters"]
+
+
+@wired
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_parameter_is_the_number_that_is_meant(name):
+    kind, values, meant = PARAMETERS[name]
+    for value in values:
+        (read,) = read_parameters()({"p": value}, {"p": kind}).values()
+        assert read == meant and type(read) is kind
+
+
+@wired
+@pytest.mark.parametrize("kind", NO_PARAMETERS, ids=str)
+def test_a_parameter_that_is_none_is_refused_in_a_sentence(kind):
+    for value in NO_PARAMETERS[kind]:
+        with pytest.raises(ValueError, match=re.escape(f"some_rate = {value!r} has to be ")):
+            read_parameters()({"some_rate": value}, {"some_rate": kind})
+
+
+@wired
+def test_parameters_of_a_yaml_file():
+    """YAML 1.1 reads text where the point is missing, and papermill passes it on."""
+    given = yaml.safe_load("{learning_rate: 5e-5, max_steps: '4', warmup_steps: 1.0, push_to_hub: 'false', beta: 1}")
+    nb = run_cells("install", "machine", **SMALL | given)
+    read = {name: nb[name] for name in given}
+    assert read == dict(learning_rate=5e-5, max_steps=4, warmup_steps=1, push_to_hub=False, beta=1.0)
+    assert [type(value) for value in read.values()] == [float, int, int, bool, float]
 
 
 def test_run_of_the_earlier_version(models):

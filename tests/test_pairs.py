@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import os
 import unicodedata
+from contextlib import nullcontext
+from datetime import date
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,8 +17,7 @@ from conftest import FAMILIES, some_pairs
 from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from jinja2 import TemplateError
-from notebook import alone, run_cell
+from notebook import CELLS, alone, run_cell, run_cells
 from test_chat import read
 
 QUESTION, TEXTS = "What is a bee?\nOne line.", {"chosen": "An insect.", "rejected": " A bird."}
@@ -45,6 +46,16 @@ SHAREGPT = dict(role_key="from", content_key="value")
 HUMAN, GPT = message("human", QUESTION, **SHAREGPT), dict(role="gpt", **SHAREGPT)
 PARTS = [{"type": "text", "text": "What is a bee?\n"}, {"type": "text", "text": "One line."}]
 TOOL = {"role": "assistant", "content": "Let me look.", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+LLAMA3 = "<|start_header_id|>{}<|end_header_id|>\n\n{}<|eot_id|>".format
+ALPACA = "Below is an instruction that describes a task. Write a response.\n\n### Instruction:\n"
+VICUNA = "A chat between a curious user and an assistant. The assistant gives polite answers. USER: "
+
+
+def ended(prompt, end, begin=""):
+    """A row of texts as another model is asked and ends its answers."""
+    return {"prompt": prompt, **{name: begin + text + end for name, text in TEXTS.items()}}
+
+
 LAYOUTS = {  # the turns that a row is read into, and the row
     "prompt": (USER, PLAIN),
     "null system": (USER, {"system": None, "question": QUESTION, **TEXTS}),
@@ -81,6 +92,43 @@ LAYOUTS = {  # the turns that a row is read into, and the row
     "transcript": (EARLIER, {key: f"{TALK} {text}" for key, text in TEXTS.items()}),
     "transcript, name in a line": ([message("user", "Say\nHuman: Hi")], {"prompt": "Human: Say\nHuman: Hi", **TEXTS}),
     "transcript, prompt": (EARLIER, {"prompt": TALK, **TEXTS}),
+    "transcript, a turn a line": (EARLIER, {"prompt": TALK.replace("\n\n", "\n"), **TEXTS}),
+    "transcript, User": (USER, {"prompt": f"User: {QUESTION}\nAssistant:", **TEXTS}),
+    "Llama 2": (USER, ended(f"<s>[INST] {QUESTION} [/INST]", " </s>")),
+    "Llama 2, system": (SYSTEM + USER, ended(f"[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n{QUESTION} [/INST]", "</s>")),
+    "Llama 2, turns": (EARLIER, ended(f"<s>[INST] Hi. [/INST] Hello. </s><s>[INST] {QUESTION} [/INST]", "</s>")),
+    "Llama 2, whole": (USER, {key: f"<s>[INST] {QUESTION} [/INST] {text} </s>" for key, text in TEXTS.items()}),
+    "Llama 2, repeated": (USER, ended(f"[INST] {QUESTION} [/INST]", "</s>", f"[INST] {QUESTION} [/INST] ")),
+    "Llama 3": (
+        SYSTEM + USER,
+        ended("<|begin_of_text|>" + LLAMA3("system", "Be brief.") + LLAMA3("user", QUESTION), "<|eot_id|>"),
+    ),
+    "Zephyr": (SYSTEM + USER, ended(f"<|system|>\nBe brief.</s>\n<|user|>\n{QUESTION}</s>\n<|assistant|>\n", "</s>")),
+    "Zephyr, answers": (
+        USER,
+        ended(f"<|user|>\n{QUESTION}</s>\n", "</s>", "<|assistant|>\n"),
+    ),  # alignment-handbook 116
+    "Phi-3": (USER, ended(f"<|user|>\n{QUESTION}<|end|>\n<|assistant|>\n", "<|end|>\n<|endoftext|>")),
+    "Gemma": (
+        USER,
+        ended(f"<bos><start_of_turn>user\n{QUESTION}<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>\n"),
+    ),
+    "Alpaca": (USER, ended(f"{ALPACA}{QUESTION}\n\n### Response:\n", "</s>")),
+    "Alpaca, input": (
+        [message("user", "Say.\n\nYes")],
+        ended("### Instruction:\nSay.\n\n### Input:\nYes\n\n### Response:\n", ""),
+    ),
+    "Alpaca, Human": (EARLIER, ended(f"### Human: Hi.### Assistant: Hello.### Human: {QUESTION}### Assistant:", "")),
+    "Vicuna": (EARLIER, ended(f"{VICUNA}Hi. ASSISTANT: Hello.</s>USER: {QUESTION} ASSISTANT:", "</s>")),
+    "another model's end": (USER, ended(QUESTION, " </s>")),
+    "capital columns": (USER, {name.title(): text for name, text in PLAIN.items()}),
+    "spaces around columns": (USER, {f" {name} ": text for name, text in PLAIN.items()}),
+    "empty and full column": (USER, {"question": None, "Prompt": QUESTION, **TEXTS}),
+    "chosen_response": (USER, {"instruction": QUESTION, **{f"{name}_response": text for name, text in TEXTS.items()}}),
+    "an array, as pandas writes it": (
+        EARLIER,
+        as_text(lambda value: repr(value).replace("}, {", "}\n {"), lists(*EARLIER)),
+    ),
 }
 UNREADABLE = {  # the layout of the rows around it, the row, and a word of the reason
     "blank question": ("prompt", {"prompt": " \n", **YZ}, "question"),
@@ -89,7 +137,8 @@ UNREADABLE = {  # the layout of the rows around it, the row, and a word of the r
     "a null": ("prompt", {**PLAIN, "rejected": None}, "answers"),
     "nested": ("prompt", {**PLAIN, "chosen": {"text": ["Y"]}}, "text"),
     "several answers": ("prompt", {**PLAIN, "chosen": ["Y", "X"]}, "several"),
-    "half of a surrogate pair": ("prompt", {**PLAIN, "chosen": "\ud83d"}, ""),
+    "half of a surrogate pair": ("prompt", {**PLAIN, "chosen": "\ud83d"}, "broken Unicode"),
+    "another model's markup": ("prompt", LAYOUTS["Llama 2"][1], "control tokens of [INST]"),
     "no messages": ("lists", {"prompt": USER, **lists(), "chosen": []}, "answers"),
     "a null in a list": ("lists", {"prompt": [None], **lists()}, "message"),
     "no role": ("lists", {"prompt": [{"content": "Hi"}], **lists()}, "role"),
@@ -100,8 +149,10 @@ UNREADABLE = {  # the layout of the rows around it, the row, and a word of the r
     "answer of the user": ("lists", {"prompt": USER, **lists(), "rejected": USER}, "user"),
     "answer is a tool call": ("lists", {"prompt": USER, **lists(), "chosen": [TOOL]}, "more than text"),
     "two conversations": ("lists", {**lists(*USER), "chosen": lists(*EARLIER)["chosen"]}, "two"),
-    "JSON cut off": ("JSON", {**PLAIN, "chosen": '[{"role": "user"'}, ""),
-    "Python cut off": ("Python", {**PLAIN, "chosen": "[{'role': 'user'"}, ""),
+    "JSON cut off": ("JSON", {**PLAIN, "chosen": '[{"role": "user"'}, "JSON list that cannot be read"),
+    "Python cut off": ("Python", {**PLAIN, "chosen": "[{'role': 'user'"}, "Python list that cannot be read"),
+    "deeply nested": ("JSON", {**PLAIN, "chosen": '[{"role": ' + "[" * 9999}, "JSON list that cannot be read"),
+    "a list in a list": ("lists", {"prompt": USER, **lists(), "chosen": [lists()["chosen"]]}, "without a role"),
     "ChatML after a text": ("ChatML", {"prompt": "So: " + CHATML, **YZ}, "control tokens"),
     "the person has the last word": ("transcript", {name: f"{TALK} a\n\nHuman: b" for name in YZ}, "user"),
     "text before the transcript": ("transcript", {"chosen": "So." + TALK, "rejected": TALK + " Z"}, "two"),
@@ -148,14 +199,105 @@ def test_a_row_cannot_choose_its_own_layout(place):
     rows, marked = [PLAIN, PLAIN], {"prompt": CHATML, **YZ}
     rows.insert(place, marked)
     nb = find_markup(*rows)
-    assert nb["read_pair"](marked, nb["markup"])[0] == [message("user", CHATML)]
+    with pytest.raises(ValueError, match="control tokens of ChatML"):
+        nb["read_pair"](marked, nb["markup"])
+    talk = {"prompt": TALK, **YZ}
+    assert nb["read_pair"](talk, nb["markup"])[0] == [message("user", TALK)]
+
+
+def repeating(count):
+    """Pairs of which so many have answers that begin with the question."""
+    rows = [{"prompt": f"Why {i}?", "chosen": f"Why {i}? Yes.", "rejected": f"Why {i}?\nNo."} for i in range(count)]
+    return rows + [{"prompt": f"Why {i}?", "chosen": "Why not? Yes.", "rejected": f"Why {i}? No."} for i in range(4)]
+
+
+def test_answers_that_repeat_the_prompt_are_cut(capsys):
+    """Where most rows do so, and where both answers of a row do."""
+    nb = find_markup(*repeating(6))
+    read_pair, options = nb["read_pair"], (nb["markup"], nb["columns"], nb["cut_prompt"])
+    assert "60% of the rows" in capsys.readouterr().out
+    assert [read_pair(row, *options)[1:] for row in repeating(6)[:2]] == [("Yes.", "No.")] * 2
+    assert read_pair(repeating(6)[-1], *options)[1:] == ("Why not? Yes.", "Why 3? No.")
+    nb = find_markup(*repeating(4))
+    options = nb["markup"], nb["columns"], nb["cut_prompt"]
+    assert "cut" not in capsys.readouterr().out
+    assert nb["read_pair"](repeating(4)[0], *options)[1:] == ("Why 0? Yes.", "Why 0?\nNo.")
+
+
+SCORED = {  # of 3 rows how many are swapped, and the names and values of their scores
+    "numbers": (2, ("chosen_score", "rejected_score"), [(1.0, 9.0), (1, 2), (9, 1)]),
+    "texts": (1, ("score_chosen", "score_rejected"), [("9", "10"), ("2", "2"), ("", "3")]),
+    "unknown": (1, ("Chosen rating", "Rejected rating"), [(None, 9), (float("nan"), 1), (3, 4)]),
+    "lengths": (0, ("chosen_tokens", "rejected_tokens"), [(1, 9)] * 3),
+}
+
+
+@pytest.mark.parametrize("kind", SCORED)
+def test_swapped_scores_are_counted(kind, capsys):
+    swapped, names, scores = SCORED[kind]
+    rows = [{**PLAIN, **dict(zip(names, values, strict=True))} for values in scores]
+    nb = find_markup(*rows)
+    printed = capsys.readouterr().out
+    assert f"Warning: {swapped} rows" in printed if swapped else "Warning" not in printed
+    assert (names[0] in printed) == (kind == "lengths"), "a score is read, and is no column that is not used"
+    if kind == "numbers":
+        assert nb["swapped_scores"](Dataset.from_list(rows)) == swapped
+
+
+COMPARISONS = {  # rows that hold no pairs, and words of the sentence
+    "HelpSteer3": ({"context": USER, "response1": "a", "response2": "b", "overall_preference": -2}, "response1, resp"),
+    "SafeRLHF": (
+        {"prompt": "a", "response_0": "a", "response_1": "b", "better_response_id": 0},
+        "response_0, response",
+    ),
+    "SHP": ({"history": "a", "human_ref_A": "a", "human_ref_B": "b", "labels": 1}, "human_ref_A, human_ref_B"),
+    "arena": ({"conversation_a": USER, "conversation_b": USER, "winner": "a"}, "conversation_a, conversation_b"),
+    "UltraFeedback": ({"instruction": "a", "completions": [{"response": "a"}, {"response": "b"}]}, "completions"),
+    "LLaMA-Factory": ({"instruction": "a", "input": "", "output": ["a", "b"]}, "compare .output"),
+    "one answer": ({"prompt": "a", "completion": "b", "label": True}, "one answer each"),
+    "names": ({"ask": "a", "good": "b", "bad": "c"}, r"\['ask', 'good', 'bad'\].*columns\[\"chosen\"\]"),
+    "one column": ({"prompt": "a", "Chosen": "b"}, "the rejected answer"),
+    "empty column": ({**PLAIN, "rejected": None}, "the rejected answer"),
+}
+
+
+@pytest.mark.parametrize("kind", COMPARISONS)
+def test_what_holds_no_pairs_is_refused_in_a_sentence(kind):
+    row, words = COMPARISONS[kind]
+    with pytest.raises(AssertionError, match=words) as error:
+        find_markup(row, row)
+    asked = kind in ("one answer", "names", "one column", "empty column")
+    assert asked or "recipes/make_pairs/from_comparisons.py" in str(error.value)
+    assert find_markup(row, PLAIN)["markup"] is None, "one row with a pair is enough"
+
+
+def test_columns_with_other_names(models, monkeypatch):
+    """As a reader names them, in the cell that says where."""
+    reader = 'columns["prompt"], columns["chosen"], columns["rejected"] = ["Ask"], ["good"], ["bad"]'
+    line = "columns = dict(COLUMNS)\n"
+    monkeypatch.setitem(CELLS, "find-markup", CELLS["find-markup"].replace(line, line + reader + "\n"))
+    rows = [{"ask": f"{i}?", "good": "Yes.", "bad": "No.", "prompt": "x", "chosen": "y"} for i in range(3)]
+    nb = read(models["qwen"], *rows)
+    assert len(nb["rows"]) == 3 and nb["unused"] == ["chosen", "prompt"]
+    assert nb["tokenizer"].decode(nb["rows"][2]["prompt_ids"]).count("2?") == 1
+    assert nb["COLUMNS"]["chosen"][0] == "chosen", "another set is read as ever"
+
+
+def test_pairs_of_one_question_are_known_by_their_turns(models):
+    """Whatever the system turn before them: only then are they kept on one side."""
+    rows = [
+        {"system": system, "question": "Why?", **answers} for system in ("", "Be brief.") for answers in (TEXTS, YZ)
+    ]
+    first, *others = read(models["qwen"], *rows, PLAIN)["questions"]
+    assert others[:3] == [first] * 3 and others[3] != first
 
 
 def test_columns_that_are_not_used_are_named(capsys):
-    find_markup({**LAYOUTS["instruction"][1], "context": "The shelf.", "images": None, "status": "tie"})
-    find_markup({**PLAIN, "input": "Yes", "question": "Hi"})
+    judged = {"status": "tie", "chosen_score": 9, "in_gsm8k_train": False}
+    find_markup({**LAYOUTS["instruction"][1], "context": "The shelf.", "images": None, **judged})
+    find_markup({**PLAIN, "input": "Yes", "question": "Hi", "status": "tie"})
     first, second = capsys.readouterr().out.splitlines()
-    assert first.endswith(": context, images.") and second.endswith(": input, prompt.")
+    assert first.endswith(": context, images.") and second.endswith(": input, prompt, status.")
 
 
 ROWS = [  # text to the last of them
@@ -177,7 +319,7 @@ def written(rows, ending):
 
 
 def load(source):
-    return list(run_cell("load-pairs", {"Path": Path, "json": json})["load_pairs"](str(source)))
+    return list(alone("load-pairs")["load_pairs"](str(source)))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -186,6 +328,69 @@ def test_file(name, tmp_path):
     content = written(ROWS, "jsonl" if name == "lines.json" else ending)
     (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith("gz") else content)
     assert load(tmp_path / name) == ROWS
+
+
+OTHER_FILES = {  # bytes that hold ROWS in another way
+    "bom.jsonl": b"\xef\xbb\xbf" + written(ROWS, "jsonl"),
+    "bom.csv": b"\xef\xbb\xbf" + written(ROWS, "csv"),
+    "semicolons.csv": pd.DataFrame(ROWS).to_csv(index=False, sep=";").encode(),
+    "indented.jsonl": "\n".join(json.dumps(row, indent=2) for row in ROWS).encode(),
+    "pandas.json": pd.DataFrame(ROWS).to_json().encode(),
+    "columns.json": json.dumps(pd.DataFrame(ROWS).to_dict("list")).encode(),
+    "windows.jsonl": written(ROWS, "jsonl").replace(b"\n", b"\r\n"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_file_of_another_make(name, tmp_path, monkeypatch):
+    (tmp_path / name).write_bytes(OTHER_FILES[name])
+    assert load(tmp_path / name) == ROWS
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load(f"~/{name}") == ROWS
+
+
+BROKEN_FILES = {  # bytes, and words of the sentence
+    "utf16.jsonl": ('{"prompt": "é"}'.encode("utf-16"), "utf16.jsonl is not UTF-8 .* save it again in UTF-8"),
+    "latin.csv": ("prompt\né\n".encode("latin-1"), "latin.csv is not UTF-8"),
+    "cut.jsonl.gz": (gzip.compress(written(ROWS, "jsonl"))[:-20], "no whole .gz"),
+    "none.jsonl.gz": (b"{}", "no whole .gz"),
+    "fields.csv": (b'prompt,chosen\n"a","b","c"\n"a","b","c","d"\n', "no table.*line"),
+    "lfs.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "line 1 .*git-lfs"),
+    "page.json": (b"<!DOCTYPE html>\n<html>", "page.json, line 1 .*DOCTYPE"),
+    "later.jsonl": (b'{"a": 1}\n{"a": 2}\n[1]\n', r"later.jsonl, line 3 .*\[1\]"),
+    "pairs.txt": (b"{}", "pairs.txt has to end in .jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_FILES)
+def test_broken_file(name, tmp_path):
+    content, words = BROKEN_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        load(tmp_path / name)
+
+
+def test_an_object_that_holds_no_columns_is_a_row(tmp_path):
+    for i, row in enumerate([{"data": ROWS}, {"prompt": ["a"], "chosen": ["b"]}, PLAIN, lists(*EARLIER), {}]):
+        (tmp_path / f"{i}.json").write_text(json.dumps(row))
+        assert load(tmp_path / f"{i}.json") == [row]
+
+
+def test_broken_unicode_in_the_first_row(models, tmp_path, capsys):
+    """Is shown escaped, dropped and counted; long values are cut where they are shown."""
+    rows = [{**PLAIN, "chosen": "Ab\ud83d"}, {**PLAIN, "rejected": "\udc00"}, {**PLAIN, "prompt": "x" * 1000}]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    nb = dict(base_model=models["qwen"], base_revision=None, max_length=3000, run={"day": "2026-01-02"})
+    nb |= dict(dataset_id=str(tmp_path / "pairs.jsonl"), dataset_revision=None, os=os, date=date)
+    nb["processes"] = SimpleNamespace(main_process_first=nullcontext)
+    run_cells("load-pairs", "rows", nb)
+    printed = capsys.readouterr().out
+    printed.encode("utf-8")
+    assert "chosen: Ab\\ud83d\n" in printed and len(nb["pairs"]) == 1
+    assert dict(nb["dropped"]) == {"broken Unicode, half of a surrogate pair": 2}
+    assert nb["shown"]("x" * 401) == "x" * 400 + " …" and nb["shown"]("x" * 400) == "x" * 400
+    run_cell("first-row", nb | {"load_pairs": lambda *_: rows[::-1]})
+    assert max(map(len, capsys.readouterr().out.split())) == 400
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
@@ -228,7 +433,7 @@ def test_set_on_the_hub(tmp_path):
             (folder / "README.md").write_text(f"---\n{json.dumps({'configs': listed})}\n---\n")
             hub.add(source, folder, "dataset")
         assert load("some/set")[0]["prompt"] == "default-train.jsonl"
-        with pytest.raises(AssertionError, match="'a', 'b'.*some/more:a"):
+        with pytest.raises(ValueError, match="'a', 'b'.*some/more:a"):
             load("some/more")
         for name in SPLITS:
             assert load(f"some/more:{name}")[0]["prompt"].startswith(f"{name}-train")
@@ -242,7 +447,8 @@ def split_and_order(**changes):
     sizes = np.random.default_rng(0).integers(10, 99, 100)
     nb = {"questions": QUESTIONS, "rows": QUESTIONS, "once": sizes, "longest": sizes, "share_prompt": True}
     nb |= {"processes": SimpleNamespace(num_processes=1), "seed": 0, "eval_pairs": 20, "pairs_per_step": 8}
-    return run_cell("order", run_cell("split", nb | {"max_steps": 4} | changes))
+    nb = run_cell("split-by-question", nb | {"max_steps": 4} | changes)
+    return run_cell("order", run_cell("split", nb))
 
 
 @pytest.mark.parametrize("eval_pairs", range(10, 20))
@@ -251,6 +457,31 @@ def test_split_keeps_a_question_on_one_side(eval_pairs):
     assert len(nb["held_out"]) == eval_pairs and sorted(nb["train"] + nb["held_out"]) == list(range(100))
     assert not {QUESTIONS[i] for i in nb["train"]} & {QUESTIONS[i] for i in nb["held_out"]}
     assert split_and_order(eval_pairs=eval_pairs, seed=1)["held_out"] != nb["held_out"]
+
+
+TOO_FEW = {  # the question of each pair, how many to hold out, of what they are to be a multiple, words
+    "one question": ([7] * 24, 4, 1, "All 24 pairs have the same question.*add pairs with other questions"),
+    "two questions": ([7] * 12 + [8] * 9, 8, 1, "share 2 questions.*eval_pairs to 9 or more"),
+    "all held out": (range(40), 40, 1, "40 pairs .*lower eval_pairs"),
+    "one for each process": (range(40), 3, 4, "Only 3 .* 4 processes.*raise eval_pairs"),
+}
+
+
+@pytest.mark.parametrize("kind", TOO_FEW)
+def test_what_to_do_about_too_few_questions(kind):
+    """The sentence is true: what it says to set is accepted."""
+    questions, held_out_pairs, multiple_of, words = TOO_FEW[kind]
+    split_by_question = alone("split-by-question")["split_by_question"]
+    with pytest.raises(ValueError, match=words):
+        split_by_question(questions, held_out_pairs, 42, multiple_of)
+    remedy = {"one question": ([7] * 24 + [8], 4), "two questions": (questions, 9), "all held out": (range(40), 39)}
+    assert all(split_by_question(*remedy.get(kind, (questions, 4)), 42, multiple_of))
+
+
+def test_the_draw_stays_as_it_was():
+    """A run that is gone on with holds out the same pairs."""
+    train, held_out = alone("split-by-question")["split_by_question"]([1, 2, 1, 3, 4, 5, 2, 6], 5, 42, 2)
+    assert (train, held_out) == ([0, 2, 7], [4, 1, 6, 3])
 
 
 def test_a_longer_run_begins_as_a_shorter_one():
@@ -291,7 +522,7 @@ def test_any_text(family, models):
             turns, *answers = nb["read_pair"](data.draw(ANY_ROW[markup]), markup)
             turns = nb["fold_system"](turns)
             ids = nb["encode"](tokenizer, turns, *answers, 256)
-        except (ValueError, TemplateError) as reason:
+        except ValueError as reason:
             assert str(reason)
             return
         kept.append(turns)
