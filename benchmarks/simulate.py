@@ -151,6 +151,8 @@ class Machine(TorchDispatchMode):
         return {
             "torch.cuda.is_available": lambda: True,
             "torch.cuda.get_device_capability": lambda *_: (7, 5) if dtype == torch.float16 else (8, 0),
+            # As the notebook has it before Ampere.
+            "transformers.integrations.sdpa_attention.use_gqa_in_sdpa": lambda mask, *_: dtype != torch.float16,
             "torch.nn.functional.scaled_dot_product_attention": attention,
             # PEFT asks for that of CUDA; autocast itself asks, with a name, what to go back to.
             "torch.is_autocast_enabled": lambda *kind, plain=torch.is_autocast_enabled: not kind or plain(*kind),
@@ -247,7 +249,8 @@ def plan_for(card):
     with torch.device("meta"):
         model = hf.AutoModelForCausalLM.from_config(hf.MistralConfig(**SHAPE))
     linear = [x for x in model.modules() if isinstance(x, torch.nn.Linear)][:-1]  # but the head
-    nb = run_cell("parameters", dict(torch=torch, random=random, config=model.config, linear=linear, skeleton=model))
+    known = dict(torch=torch, random=random, config=model.config, linear=linear, skeleton=model, shares=True)
+    nb = run_cell("skeleton", run_cell("parameters", known))
     nb |= dict(on_gpu=True, memory=memory, dtype=dtype, trained=False, sharded=False, train=range(len(pairs)))
     nb |= dict(processes=mock.Mock(num_processes=1), gather_object=list, parameter_count=model.num_parameters())
     nb["adapter_size"] = sum(nb["lora_rank"] * (layer.in_features + layer.out_features) for layer in linear)
@@ -260,9 +263,10 @@ def plan_for(card):
 def measure_card(card):
     """The notebook's plan for a card: memory predicted and simulated, operations over the least there are."""
     nb = plan_for(card)
-    size, (tokens, cells, again), pairs, dtype = nb["at_once"], nb["batches"], nb["pairs"], nb["dtype"]
-    needed = partial(nb["layers_to_checkpoint"], nb["config"], room=nb["budget"] - nb["fixed"], **nb["kind"])
-    most = {int(values.argmax()) * size for values in (nb["needs"], tokens, cells)}
+    split, pairs, dtype = nb["split"], nb["pairs"], nb["dtype"]
+    size, tokens, again = split.pairs_at_once, split.linear_tokens, split.checkpointed_layers
+    needed = partial(nb["layers_to_checkpoint"], nb["widths"], room_bytes=nb["room"])
+    most = {int(values.argmax()) * size for values in (split.step_bytes, tokens, split.attention_tokens)}
     peak = simulate([pairs[i : i + size] for i in most], LAYERS, dtype, needed if again.any() else None).peak
     starts = [i for step in SAMPLED for i in step[::size]]
     counted = count([pairs[i : i + size] for i in starts], dtype, (again * tokens).sum() / tokens.sum())
