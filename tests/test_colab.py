@@ -160,7 +160,9 @@ def run_all(client, cells):
 
 
 @pytest.mark.colab
-@pytest.mark.parametrize("replica", [(place, how) for place in PLACES for how in ("uv", "pip")], indirect=True, ids="-".join)
+@pytest.mark.parametrize(
+    "replica", [(place, how) for place in PLACES for how in ("uv", "pip")], indirect=True, ids="-".join
+)
 def test_run_all_twice(replica, world, tmp_path, monkeypatch, request):
     before = versions(replica)
     notebook = nbformat.read(PATH, as_version=4)
@@ -185,7 +187,9 @@ def test_run_all_twice(replica, world, tmp_path, monkeypatch, request):
             print(f"  {name}: {old} -> {new}")
     for which, (ended, lines) in zip(("first", "second"), runs, strict=True):
         last = max(ended.values())
-        print(f"{which} run: installed after {ended['install']:.0f} s, rows read after {ended['rows']:.0f} s, all {last:.0f} s")
+        print(
+            f"{which} run: installed after {ended['install']:.0f} s, rows read after {ended['rows']:.0f} s, all {last:.0f} s"
+        )
         for line in dict.fromkeys(lines):
             print(f"  {line[:200]} ({lines.count(line)} times)")
 
