@@ -15,7 +15,6 @@ import sys
 import time
 from pathlib import Path
 
-import nbformat
 import papermill
 import pytest
 from nbclient import NotebookClient
@@ -165,8 +164,7 @@ def run_all(client, cells):
 )
 def test_run_all_twice(replica, world, tmp_path, monkeypatch, request):
     before = versions(replica)
-    notebook = nbformat.read(PATH, as_version=4)
-    notebook = papermill.parameterize.parameterize_notebook(notebook, SMALL)
+    notebook = papermill.parameterize.parameterize_notebook(papermill.iorw.load_notebook_node(str(PATH)), SMALL)
     with Hub(tmp_path / "hub") as hub:
         hub.add(BASE, world / "model")
         hub.add(DATASET, world / "pairs", repo_type="dataset")

@@ -311,9 +311,10 @@ def test_secrets_are_asked_for_until_they_are_found_and_never_printed(accounts, 
     (line,) = [line for line in capfd.readouterr().out.splitlines() if "secret" in line]
     assert said in line
     secrets.problem = "SecretNotFoundError" if place == "Colab" else "BackendError"
-    secrets.secrets = dict(zip(names, (" hf_canary\n", "wandb-canary"), strict=True))
+    secrets.secrets = dict(zip(names, (" hf_canary\n", "wandb-canary\n"), strict=True))
     accounts(nb)
     assert nb["hub_id"] == "rehearsal/tuned" and nb["report_to"] == "wandb"
+    assert os.environ["WANDB_API_KEY"] == "wandb-canary"  # without what was pasted with it
     assert "canary" not in "".join(capfd.readouterr())
 
 
