@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -18,10 +19,18 @@ from rehearsal.hub import Hub
 
 @pytest.fixture
 def installs(monkeypatch):
-    """The commands that the install cell runs, or would."""
+    """The commands that the install cell runs, or would; those whose second word is in `refused` fail."""
     commands = []
-    monkeypatch.setattr("subprocess.run", lambda command, **options: commands.append(command))
-    return commands
+    refused = []
+
+    def run(command, **options):
+        commands.append(command)
+        failed = command[2] in refused or command[0] in refused
+        return subprocess.CompletedProcess(command, int(failed), "", "Downloading\nERROR: no route to host\n")
+
+    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    return SimpleNamespace(commands=commands, refused=refused)
 
 
 @pytest.mark.parametrize("place, uv", [("Colab", True), ("Colab", False), ("Kaggle", True), ("elsewhere", True)])
@@ -30,19 +39,49 @@ def test_what_is_installed_where(monkeypatch, installs, place, uv):
         monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
     elif place == "Kaggle":
         monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
-    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}" if uv else None)
+    if not uv:
+        monkeypatch.setattr("shutil.which", lambda name: None)
     run_cell("install", {})
-    assert bool(installs) == (place != "elsewhere")
-    if installs:
-        packages = {word.split(">=")[0] for word in installs[0] if ">=" in word}
-        assert (installs[0][:3] == ["uv", "pip", "install"]) == uv and sys.executable in installs[0]
-        assert {"transformers", "trl", "bitsandbytes"} <= packages and not {"torch", "torchvision", "numpy"} & packages
+    if place == "elsewhere":
+        assert installs.commands == []
+        return
+    (command,) = installs.commands  # there is no torchao here that would have to go
+    packages = {word.split(">=")[0] for word in command if ">=" in word}
+    assert (command[:3] == ["uv", "pip", "install"]) == uv and sys.executable in command
+    assert {"transformers", "trl", "bitsandbytes"} <= packages and not {"torch", "torchvision", "numpy"} & packages
+
+
+def test_torchao_goes_where_it_is(monkeypatch, installs):
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "torchao")
+    run_cell("install", {})
+    assert [command[-1] for command in installs.commands][1:] == ["torchao"]
+
+
+def test_pip_does_what_uv_cannot(monkeypatch, installs):
+    monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
+    installs.refused.append("uv")
+    run_cell("install", {})
+    assert [command[:4] for command in installs.commands][1:] == [[sys.executable, "-m", "pip", "install"]]
+
+
+@pytest.mark.parametrize("place", ["Colab", "Kaggle"])
+def test_packages_that_cannot_be_had_end_in_one_sentence(monkeypatch, installs, place):
+    """Which on Kaggle names its switch for the Internet, off by default."""
+    if place == "Colab":
+        monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
+    else:
+        monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    installs.refused.extend(["uv", "pip"])
+    with pytest.raises(RuntimeError, match="could not be installed. ERROR: no route to host") as failure:
+        run_cell("install", {})
+    assert ("Settings > Internet" in str(failure.value)) == (place == "Kaggle")
 
 
 def test_a_library_that_was_imported_before_it_was_replaced_ends_in_one_sentence(monkeypatch, installs):
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
     monkeypatch.setattr("datasets.__version__", "4.0.0")
-    with pytest.raises(AssertionError, match="datasets .*restart"):
+    with pytest.raises(AssertionError, match="datasets.*restart"):
         run_cell("install", {})
 
 
@@ -204,11 +243,11 @@ def test_a_folder_holds_one_run(tmp_path):
 
 
 @pytest.fixture
-def accounts(tmp_path, monkeypatch):
+def accounts(tmp_path, monkeypatch, installs):
     """Runs the cells up to the accounts, and that cell again: with a local Hub that knows one token."""
     for name in ("HF_TOKEN", "WANDB_API_KEY"):
         monkeypatch.setenv(name, "")
-    for name in ("time.sleep", "wandb.init", "subprocess.run"):
+    for name in ("time.sleep", "wandb.init"):
         monkeypatch.setattr(name, lambda *arguments, **options: None)
     with Hub(tmp_path / "hub", token="hf_canary") as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
@@ -216,32 +255,66 @@ def accounts(tmp_path, monkeypatch):
 
 
 NEW, OLD = ("HF_TOKEN", "WANDB_API_KEY"), ("huggingface", "wandb")  # the article's names
-PROBLEMS = {"SecretNotFoundError": NEW, "NotebookAccessError": OLD, "TimeoutException": OLD}
+REASONS = {  # why there is no secret: (where, what is said, how often it is asked)
+    "SecretNotFoundError": ("Colab", "HF_TOKEN, WANDB_API_KEY.", 4),
+    "NotebookAccessError": ("Colab", "Not granted to this notebook: HF_TOKEN, huggingface, WANDB_API_KEY, wandb", 4),
+    "TimeoutException": ("Colab", "did not answer (TimeoutException)", 1),
+    "BackendError": ("Kaggle", "HF_TOKEN, WANDB_API_KEY.", 4),
+    "ConnectionError": ("Kaggle", "did not answer (ConnectionError)", 1),
+}
 
 
-@pytest.mark.parametrize("problem, names", PROBLEMS.items())
-def test_secrets_of_colab_are_asked_for_until_they_are_found_and_never_printed(
-    accounts, monkeypatch, capfd, problem, names
-):
-    """By a stand-in of google.colab, which does not import its userdata."""
-    for name in ("google.colab", "google.colab.errors", "google.colab.userdata"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    userdata, sys.modules["google.colab.errors"].Error = sys.modules["google.colab.userdata"], Exception
-    for name in PROBLEMS:
-        setattr(userdata, name, type(name, (Exception,), {}))
-    secrets = {}
+@pytest.fixture
+def vault(monkeypatch):
+    """Makes this process one of Colab or of Kaggle, by stand-ins of google.colab and kaggle_secrets. Returns their vault.
 
-    def get(name):
-        if name not in secrets:
-            raise getattr(userdata, problem)(name)
-        return secrets[name]
+    It has `secrets`, the names that were `asked` for, and the name of the `problem` with those that are no secrets.
+    """
 
-    userdata.get = get
+    def make(place, problem):
+        vault = SimpleNamespace(secrets={}, asked=[], problem=problem)
+
+        def get(name):
+            vault.asked.append(name)
+            if name not in vault.secrets:
+                raise getattr(userdata, vault.problem)(name)
+            return vault.secrets[name]
+
+        modules = ("google.colab", "google.colab.errors", "google.colab.userdata", "kaggle_secrets")
+        colab, errors, userdata, kaggle = (ModuleType(name) for name in modules)
+        errors.Error = Exception
+        for name in REASONS:
+            setattr(userdata, name, type(name, (Exception,), {}))
+        userdata.get = get
+        kaggle.UserSecretsClient = lambda: SimpleNamespace(get_secret=get)
+        if place == "Colab":
+            monkeypatch.setattr("huggingface_hub.utils._auth.is_google_colab", lambda: True)
+            monkeypatch.setattr("huggingface_hub.utils._auth._IS_GOOGLE_COLAB_CHECKED", False)
+            for name, module in zip(modules, (colab, errors, userdata), strict=False):
+                monkeypatch.setitem(sys.modules, name, module)
+        else:
+            monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+            monkeypatch.setitem(sys.modules, "kaggle_secrets", kaggle)
+        return vault
+
+    return make
+
+
+@pytest.mark.parametrize("names", [NEW, OLD])
+@pytest.mark.parametrize("problem", REASONS)
+def test_secrets_are_asked_for_until_they_are_found_and_never_printed(accounts, vault, capfd, problem, names):
+    """What is missing is said in one line; a page that has not answered is asked no more, not by the Hub's library either."""
+    place, said, times = REASONS[problem]
+    secrets = vault(place, problem)
     nb = accounts()
-    assert nb["hub_id"] is None and nb["report_to"] == "none"
-    secrets.update(zip(names, ("hf_canary", "wandb-canary"), strict=True))
+    assert nb["hub_id"] is None and nb["report_to"] == "none" and len(secrets.asked) == times
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if "secret" in line]
+    assert said in line
+    secrets.problem = "SecretNotFoundError" if place == "Colab" else "BackendError"
+    secrets.secrets = dict(zip(names, (" hf_canary\n", "wandb-canary\n"), strict=True))
     accounts(nb)
     assert nb["hub_id"] == "rehearsal/tuned" and nb["report_to"] == "wandb"
+    assert os.environ["WANDB_API_KEY"] == "wandb-canary"  # without what was pasted with it
     assert "canary" not in "".join(capfd.readouterr())
 
 
