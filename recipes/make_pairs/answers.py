@@ -1,4 +1,4 @@
-"""Samples a chat model's answers: by vLLM where it is installed with a GPU, else by transformers."""
+"""Samples a chat model's answers, by vLLM where it is installed with a GPU, or by transformers."""
 
 import importlib.util
 
@@ -67,7 +67,7 @@ def sample_with_transformers(model, batches, answers, max_new_tokens, temperatur
 
 
 def sample_with_vllm(model, batches, answers, max_new_tokens, temperature, dtype="auto"):
-    """The same by vLLM, which keeps a GPU busy."""
+    """The same, by vLLM, which keeps a GPU busy."""
     from vllm import LLM, SamplingParams
 
     model = LLM(model, dtype=dtype)

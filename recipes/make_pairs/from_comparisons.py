@@ -1,9 +1,9 @@
-"""Turns comparisons, answers to a prompt and what people thought of them, into pairs for the notebook.
+"""Makes pairs for the notebook of comparisons: answers to a prompt and what people thought of them.
 
     python recipes/make_pairs/from_comparisons.py nvidia/HelpSteer3 --output pairs.jsonl
 
-The source is a data set's Hub id, or a .json, .jsonl or .parquet file, with the columns of HelpSteer3,
-PKU-SafeRLHF, UltraFeedback or arena conversations. Ties make no pair and are counted.
+The source is a data set's Hub id, or a .json, .jsonl or .parquet file, with the columns of
+HelpSteer3, PKU-SafeRLHF, UltraFeedback or arena conversations. Ties give no pair and are counted.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def from_helpsteer3(row, by):
 
 
 def from_safe_rlhf(row, by):
-    """Two questions were asked of each pair, and often have different winners: better, and safer."""
+    """People were asked which is better and which is safer, and often gave different answers."""
     winner = row[f"{by}_response_id"]
     return row["prompt"], [(row["response_0"], winner == 0), (row["response_1"], winner == 1)]
 
@@ -55,7 +55,7 @@ READERS = {
 
 
 def make_pair(turns, rated):
-    """turns: a text or messages; rated: (answer, score) of each. Raises ValueError where none won."""
+    """turns: a text or messages; rated: (answer, score) of each. ValueError where none has won."""
     if isinstance(turns, str):
         turns = [{"role": "user", "content": turns}]
     if len(rated) < 2:

@@ -29,12 +29,9 @@ def read_prompts(source, column="prompt", split="train", count=0):
     count: how many at most, 0 for all.
     """
     if source.endswith(".txt"):
-        values = [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines()]
+        values = [line.strip() for line in open(source, encoding="utf-8")]
     elif source.endswith(".jsonl"):
-        values = [
-            json.loads(line)[column]
-            for line in Path(source).read_text(encoding="utf-8").splitlines()
-        ]
+        values = [json.loads(line)[column] for line in open(source, encoding="utf-8")]
     else:
         from datasets import load_dataset
 
@@ -63,13 +60,15 @@ def begin_or_resume(path, made_with):
 
     Raises SystemExit if the file was made with something else.
     """
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut off
-    path.write_text("".join(whole), encoding="utf-8")
+    path.touch()
+    whole, _, cut_off = path.read_text(encoding="utf-8").rpartition("\n")
     if not whole:
+        path.write_text("", encoding="utf-8")
         append(path, [made_with])
         return []
-    first, *rows = [json.loads(line) for line in whole]
+    if cut_off:  # a line that was not written to its end
+        path.write_text(whole + "\n", encoding="utf-8")
+    first, *rows = [json.loads(line) for line in whole.split("\n")]
     if first != made_with:
         changed = [name for name in made_with if first.get(name) != made_with[name]]
         raise SystemExit(
@@ -84,15 +83,10 @@ def sample_answers(prompts, path, batch_size, seed, **how):
 
     how: what the sampler takes besides its batches.
     """
-    weights = [
-        file.stat().st_mtime for file in Path(how["model"]).glob("*.safetensors")
-    ]  # if it is a folder
-    made_with = {
-        **how,
-        "seed": seed,
-        "prompts": fingerprint(prompts),
-        "date of the weights": max(weights, default=None),
-    }
+    weights = Path(how["model"]).glob("*.safetensors")  # none where the model is a Hub id
+    written = max((file.stat().st_mtime for file in weights), default=None)
+    digest = fingerprint(prompts)
+    made_with = {**how, "seed": seed, "prompts": digest, "date of the weights": written}
     rows = begin_or_resume(path, made_with)
     sample, at_once = sampler(batch_size)
     batches = {

@@ -1,4 +1,4 @@
-"""Three ways to rank answers. Each returns a function of a prompt's turns and its answers: scores."""
+"""Three ways to rank answers: each makes a function of a prompt's turns and answers, to scores."""
 
 import itertools
 import os
