@@ -2,7 +2,7 @@
 
 import re
 
-WORDS = re.compile(r"\b(for example|for instance|such as|including)\b|\be\.g\.", re.IGNORECASE)
+WORDS = re.compile(r"\b(examples?|for instance|such as|including)\b|\be\.g\.", re.IGNORECASE)
 
 
 def score(prompt, answer):
