@@ -1,11 +1,12 @@
 """Runs the unchanged notebook end to end on this machine: no GPU, no account, no network.
 
-    python -m rehearsal [--real] [--output FOLDER] [--picture FILE]
+    python -m rehearsal [--real | --behaviour] [--output FOLDER] [--picture FILE]
 
 Makes a tiny chat model and preference pairs, serves them from a local Hub to the real client libraries, executes
 the notebook with papermill, its push included, and leaves everything in one folder. What it shows is that the
 notebook works and what its curves look like, not what DPO does to a model of seven billion parameters. With --real
-the model is SmolLM2-135M-Instruct, fetched from the Hub or from PyPI, and training takes minutes instead of one.
+the model is SmolLM2-135M-Instruct, fetched from the Hub or from PyPI, and training takes minutes instead of one. With
+--behaviour that model is trained on pairs of its own answers, and what it writes is measured before and after.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from rehearsal import behaviour
 from rehearsal.hub import Hub
 from rehearsal.real import NAME, make_real_model
 from rehearsal.world import make_model, make_pairs
@@ -135,9 +137,19 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser("python -m rehearsal", description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, default=Path("rehearsal-output"), help="folder, emptied first")
     parser.add_argument("--real", action="store_true", help="a real chat model, SmolLM2-135M-Instruct")
+    parser.add_argument("--behaviour", action="store_true", help="what it writes, before and after: half an hour")
+    parser.add_argument("--seed", type=int, default=1, help="of the training with --behaviour")
     parser.add_argument("--picture", type=Path, help="also draw answers and curves into this file")
     arguments = parser.parse_args()
     start, output = time.time(), arguments.output.resolve()
+    if arguments.behaviour:
+        output.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | SETTINGS | {"WANDB_MODE": "offline"}
+        table = behaviour.measure(run_notebook, environment, output, arguments.seed)
+        print(behaviour.in_words(table))
+        if arguments.picture:
+            behaviour.draw_picture(output, table, arguments.picture)
+        sys.exit()
     hub = rehearse(output, make_real_model, **REAL) if arguments.real else rehearse(output, **PARAMETERS)
     if arguments.picture:
         draw_picture(output, arguments.picture)

@@ -1,0 +1,192 @@
+"""A behaviour before and after DPO: what a real model writes, measured on prompts that no pair is made of.
+
+SmolLM2-135M-Instruct is asked everyday questions, each with "Answer in two sentences, with an example." Two rules of
+recipes/make_pairs check the two halves of that request. For each rule by itself the model's own answers are ranked, the
+notebook trains on the pairs, and answers to held-out questions are sampled. A second round starts from the result.
+"""
+
+import json
+import runpy
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from statistics import mean
+
+import matplotlib.pyplot as plt
+import torch
+from scipy.stats import binomtest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rehearsal.real import make_real_model
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "make_pairs"
+REQUEST = " Answer in two sentences, with an example."
+RULES = {"two_sentences": "exactly two sentences", "example": "names an example"}
+SAMPLING = ["--max-new-tokens", "96", "--temperature", "0.8", "--dtype", "bfloat16"]
+PARAMETERS = dict(  # about one pass over the pairs of a round
+    load_in_4bit=False,
+    eval_pairs=8,
+    learning_rate=5e-4,
+    pairs_per_step=8,
+    max_steps=14,
+    warmup_steps=1,
+    max_length=512,
+    push_to_hub=False,
+    output_dir="dpo_run",
+)
+
+
+def recipe(script, *options):
+    """Runs a script of the recipe, which says how far it is and goes on where it was cut off."""
+    words = [sys.executable, RECIPE / script, *options, *SAMPLING]
+    subprocess.run([str(word) for word in words], check=True)
+
+
+def make_pairs(model, rule, folder):
+    """The file of the pairs that the rule makes of the model's own answers. Both rules rank the same answers."""
+    pairs = folder / f"pairs-{rule}.jsonl"
+    if not pairs.exists():
+        own = folder / "own.jsonl"
+        asked = ["--model", model, "--prompts", RECIPE / "prompts.txt", "--answers", 4, "--batch-size", 24]
+        recipe("make_pairs.py", *asked, "--seed", 1, "--rule", RECIPE / f"{rule}.py", "--output", own)
+        own.rename(pairs)
+    return pairs
+
+
+def sample(model, prompts, file, at_once=60):
+    """An answer of the model to each prompt of a file, {"text", "tokens", "finished"}."""
+    rules = [RECIPE / f"{rule}.py" for rule in RULES]
+    asked = ["--model", model, "--prompts", prompts, "--batch-size", at_once, "--seed", 7]
+    recipe("share.py", *asked, "--rule", *rules, "--output", file)
+    lines = file.read_text(encoding="utf-8").split("\n")[1:-1]  # the first says how they were sampled
+    return [json.loads(line)[0] for line in lines]
+
+
+def answers_file(output, rule, seed, number):
+    """Where the answers to the held-out prompts are: of a round of a rule, or before the first, of round 0."""
+    return output / (f"held-out-{rule}-seed{seed}-round{number}.jsonl" if number else "held-out-before.jsonl")
+
+
+def kept(rule, answers):
+    """Whether each answer keeps the rule; one that was cut off keeps none."""
+    score = runpy.run_path(str(RECIPE / f"{rule}.py"))["score"]
+    return [bool(answer["finished"] and score("", answer["text"])) for answer in answers]
+
+
+@torch.inference_mode()
+def nats_per_token(model, questions, answers):
+    """How unlikely the answers to the questions are under a model: mean negative log-likelihood of a token."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    nats, tokens = 0.0, 0
+    for question, answer in zip(questions, answers, strict=True):
+        turns = [{"role": "user", "content": question}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        labels = torch.tensor([[-100] * len(prompt) + ids])
+        loss = model(torch.tensor([prompt + ids]), labels=labels).loss
+        nats += loss.item() * len(ids)
+        tokens += len(ids)
+    return nats / tokens
+
+
+def train(run_notebook, environment, output, seed, rounds):
+    """Yields (rule, round, model) as they come. What the folder `output` holds already is not done again."""
+    for rule in RULES:
+        model, made = output / "model", output / "base"
+        for number in range(1, rounds + 1):
+            made.mkdir(exist_ok=True)
+            pairs = make_pairs(model, rule, made)
+            place = output / f"{rule}-seed{seed}-round{number}"
+            model, start, made = place / "dpo_run" / "merged", model, place
+            if not (model / "README.md").exists():
+                sources = dict(base_model=start, dataset_id=pairs, new_model=place.name, seed=seed)
+                run_notebook(place, environment, **sources, **PARAMETERS)
+            yield rule, number, model
+
+
+def measure(run_notebook, environment, output, seed=1, rounds=2):
+    """The table of the models, a dictionary each: of `answers` held-out ones how many keep each rule and are finished,
+    their mean tokens, and what the training cost elsewhere: nats per token of the base's answers to plain questions.
+    """
+    base = output / "model"
+    if not (base / "config.json").exists():
+        make_real_model(base)
+    held_out = RECIPE / "held_out.txt"
+    questions = [line.strip().removesuffix(REQUEST) for line in held_out.open()][:40]
+    (output / "plain.txt").write_text("\n".join(questions) + "\n")
+    usual = [answer["text"] for answer in sample(base, output / "plain.txt", output / "plain.jsonl", 40)]
+    models = [("before", 0, base), *train(run_notebook, environment, output, seed, rounds)]
+    table = []
+    for rule, number, model in models:
+        answers = sample(model, held_out, answers_file(output, rule, seed, number))
+        row = {"rule": rule, "round": number, "seed": seed, "answers": len(answers)}
+        for name in RULES:
+            row[name] = sum(kept(name, answers))
+        row["finished"] = sum(answer["finished"] for answer in answers)
+        row["tokens"] = mean(answer["tokens"] for answer in answers)
+        row["nats"] = nats_per_token(model, questions, usual)
+        table.append(row)
+    (output / f"behaviour-seed{seed}.json").write_text(json.dumps(table, indent=1))
+    return table
+
+
+def interval(count, answers):
+    """The 95 % interval of a share, by Wilson's score."""
+    return binomtest(count, answers).proportion_ci(method="wilson")
+
+
+def in_words(table):
+    """The table as lines of text."""
+    lines = []
+    for row in table:
+        name = "before" if row["round"] == 0 else f"{row['rule']}, round {row['round']}"
+        shares = []
+        for rule, words in RULES.items():
+            low, high = interval(row[rule], row["answers"])
+            shares.append(f"{words} {row[rule] / row['answers']:.0%} ({low:.0%} to {high:.0%})")
+        rest = f"{row['tokens']:.0f} tokens, plain answers {row['nats']:.3f} nats per token"
+        lines.append(f"{name:24} {', '.join(shares)}, {rest}")
+    return "\n".join(lines)
+
+
+def answer_in_lines(file, place, width=58, most=7):
+    """The answer at a place of a file of answers, wrapped, with an ellipsis where it is longer than `most` lines."""
+    line = file.read_text(encoding="utf-8").split("\n")[1 + place]
+    paragraphs = json.loads(line)[0]["text"].split("\n")
+    lines = [part for paragraph in paragraphs if paragraph for part in textwrap.wrap(paragraph, width)]
+    return "\n".join(lines[:most] + ["…"] * (len(lines) > most))
+
+
+def draw_picture(output, table, picture, rule="two_sentences", places=(0, 1)):
+    """What was asked, the answers before and after in two columns, and the shares of all models with their intervals.
+
+    places: of the held-out prompts that are shown.
+    """
+    last = max((row for row in table if row["rule"] == rule), key=lambda row: row["round"])
+    files = [answers_file(output, "before", 0, 0), answers_file(output, rule, last["seed"], last["round"])]
+    prompts = [line.strip() for line in (RECIPE / "held_out.txt").open()]
+    figure = plt.figure(figsize=(10, 2.6 + 1.9 * len(places)), layout="constrained")
+    rows = figure.add_gridspec(len(places) + 1, 2, height_ratios=[1.9] * len(places) + [2.4])
+    for number, place in enumerate(places):
+        for column, (when, file) in enumerate(zip(["Before", f"After {last['round']} rounds"], files, strict=True)):
+            axes = figure.add_subplot(rows[number, column])
+            axes.axis("off")
+            question = textwrap.fill(prompts[place].removesuffix(REQUEST), 54)
+            head = f"{when}: {question}" if column else f"{when}: {question}"
+            axes.text(0, 1, head, va="top", fontsize=11, weight="bold", parse_math=False)
+            axes.text(0, 0.84, answer_in_lines(file, place), va="top", fontsize=10.5, parse_math=False)
+    for column, (name, words) in enumerate(RULES.items()):
+        axes = figure.add_subplot(rows[-1, column])
+        measured = [row for row in table if row["rule"] in ("before", name)]
+        for row in measured:
+            low, high = interval(row[name], row["answers"])
+            share = row[name] / row["answers"]
+            axes.bar(str(row["round"]), share, yerr=[[share - low], [high - share]], capsize=6, color="C0", alpha=0.7)
+            axes.annotate(f"{share:.0%}", (str(row["round"]), high), (0, 3), textcoords="offset points", ha="center")
+        axes.set(title=f"Answer {words}", xlabel="rounds of DPO on own answers", ylim=(0, 1.1))
+        axes.yaxis.set_major_formatter("{x:.0%}")
+    figure.suptitle(f"SmolLM2-135M, asked for: “{REQUEST.strip()}”", fontsize=13)
+    figure.savefig(picture, dpi=180)
