@@ -23,7 +23,9 @@ from pydoc_data.topics import topics
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
 SYSTEM = "You are a helpful assistant, who always provides explanation."
-os.environ |= dict(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", TQDM_DISABLE="1", MPLBACKEND="Agg")
+os.environ |= dict(
+    TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", TQDM_DISABLE="1", MPLBACKEND="Agg"
+)
 
 
 def make(folder, count):
@@ -48,7 +50,10 @@ def make(folder, count):
 
     with open(folder / "pairs.jsonl", "w") as file:
         for lengths in draw_lengths("orca", count, 0):
-            row = dict(zip(("question", "chosen", "rejected"), map(text, lengths), strict=True), system=SYSTEM)
+            row = dict(
+                zip(("question", "chosen", "rejected"), map(text, lengths), strict=True),
+                system=SYSTEM,
+            )
             file.write(json.dumps(row) + "\n")
 
 
@@ -56,10 +61,15 @@ def by_notebook(folder):
     """Seconds from the file to the built trainer, and the rows that are left."""
     import bitsandbytes  # noqa: F401
     import trl  # noqa: F401
-    from notebook import run_cells
 
-    parameters = dict(base_model=str(folder / "tiny"), dataset_id=str(folder / "pairs.jsonl"), load_in_4bit=False)
-    nb = run_cells("install", "base", **parameters, output_dir=str(folder / "run"), push_to_hub=False)
+    from rehearsal.notebook import run_cells
+
+    parameters = dict(
+        base_model=str(folder / "tiny"), dataset_id=str(folder / "pairs.jsonl"), load_in_4bit=False
+    )
+    nb = run_cells(
+        "install", "base", **parameters, output_dir=str(folder / "run"), push_to_hub=False
+    )
     start = time.perf_counter()
     run_cells("load-pairs", "score", nb)
     stop = time.perf_counter()
@@ -77,16 +87,38 @@ def by_stock(folder):
     from trl import DPOConfig, DPOTrainer
 
     def messages(row):
-        turns = [{"role": "system", "content": row["system"]}, {"role": "user", "content": row["question"]}]
-        answers = {name: [{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")}
+        turns = [
+            {"role": "system", "content": row["system"]},
+            {"role": "user", "content": row["question"]},
+        ]
+        answers = {
+            name: [{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")
+        }
         return {"prompt": turns, **answers}
 
-    model, tokenizer = (load.from_pretrained(folder / "tiny") for load in (AutoModelForCausalLM, AutoTokenizer))
-    settings = DPOConfig(output_dir=str(folder / "stock"), max_length=1536, use_cpu=True, bf16=False, report_to="none")
+    model, tokenizer = (
+        load.from_pretrained(folder / "tiny") for load in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    settings = DPOConfig(
+        output_dir=str(folder / "stock"),
+        max_length=1536,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+    )
     start = time.perf_counter()
-    pairs = load_dataset("json", data_files=str(folder / "pairs.jsonl"), split="train", cache_dir=str(folder / "cache"))
-    pairs = pairs.map(messages, remove_columns=["question", "system"]).train_test_split(128, seed=42)
-    data = dict(train_dataset=pairs["train"], eval_dataset=pairs["test"], processing_class=tokenizer)
+    pairs = load_dataset(
+        "json",
+        data_files=str(folder / "pairs.jsonl"),
+        split="train",
+        cache_dir=str(folder / "cache"),
+    )
+    pairs = pairs.map(messages, remove_columns=["question", "system"]).train_test_split(
+        128, seed=42
+    )
+    data = dict(
+        train_dataset=pairs["train"], eval_dataset=pairs["test"], processing_class=tokenizer
+    )
     DPOTrainer(model, args=settings, peft_config=LoraConfig(target_modules="all-linear"), **data)
     return time.perf_counter() - start, len(pairs["train"]) + len(pairs["test"])
 
@@ -103,10 +135,20 @@ if __name__ == "__main__":
             seconds, kept = dict(notebook=by_notebook, stock=by_stock)[way](Path(folder))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         each = 1e3 * seconds / arguments.rows
-        print(f"{way}: {seconds:.1f} s, {each:.2f} ms a row, {kept} rows of {arguments.rows}, {peak:.2f} GB at most")
+        print(
+            f"{way}: {seconds:.1f} s, {each:.2f} ms a row, {kept} rows of {arguments.rows}, {peak:.2f} GB at most"
+        )
     else:
         with tempfile.TemporaryDirectory() as folder:
             make(Path(folder), arguments.rows)
             for way in ("stock", "notebook"):
-                command = [sys.executable, __file__, "--rows", str(arguments.rows), "--child", way, folder]
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--rows",
+                    str(arguments.rows),
+                    "--child",
+                    way,
+                    folder,
+                ]
                 subprocess.run(command, check=True)

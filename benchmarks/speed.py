@@ -34,16 +34,34 @@ VARIANTS = ("recipe", "stock", "stock-kept", "notebook", "notebook-tight")
 # Tokens of 80 pairs of Intel/orca_dpo_pairs, ChatML included: shares of the pairs, and the length each stays under.
 SHARES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 MIXES = {  # prompt, chosen, rejected
-    "orca": ((40, 53, 91, 121, 199, 602, 1317), (5, 12, 67, 193, 332, 578, 1022), (30, 47, 152, 288, 426, 558, 822)),
-    "all short": ((15, 16, 18, 22, 26, 29, 30), (5, 6, 8, 12, 16, 19, 20), (5, 6, 8, 12, 16, 19, 20)),
+    "orca": (
+        (40, 53, 91, 121, 199, 602, 1317),
+        (5, 12, 67, 193, 332, 578, 1022),
+        (30, 47, 152, 288, 426, 558, 822),
+    ),
+    "all short": (
+        (15, 16, 18, 22, 26, 29, 30),
+        (5, 6, 8, 12, 16, 19, 20),
+        (5, 6, 8, 12, 16, 19, 20),
+    ),
     "all long": ((380, 382, 390, 400, 410, 418, 420),) + ((580, 582, 590, 600, 610, 618, 620),) * 2,
     "long prompts": ((800, 810, 850, 900, 950, 990, 1000),) + ((10, 11, 17, 25, 32, 38, 40),) * 2,
     "long answers": ((20, 21, 25, 30, 35, 39, 40),) + ((780, 781, 785, 790, 795, 799, 800),) * 2,
 }
 SHAPES = {
-    "cpu": dict(hidden_size=768, intermediate_size=2688, num_hidden_layers=3, num_attention_heads=12, vocab_size=1024),
+    "cpu": dict(
+        hidden_size=768,
+        intermediate_size=2688,
+        num_hidden_layers=3,
+        num_attention_heads=12,
+        vocab_size=1024,
+    ),
     "cuda": dict(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, vocab_size=32002
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        vocab_size=32002,
     ),
 }
 CHATML = (
@@ -71,7 +89,9 @@ def write_pairs(path, mix, count, vocabulary, seed=0):
     words = lambda n: " ".join(f"w{rng.randrange(vocabulary - 9)}" for _ in range(max(1, n)))  # noqa: E731
     with open(path, "w") as file:
         for prompt, chosen, rejected in draw_lengths(mix, count, seed):
-            pair = dict(question=words(prompt - 5), chosen=words(chosen - 1), rejected=words(rejected - 1))
+            pair = dict(
+                question=words(prompt - 5), chosen=words(chosen - 1), rejected=words(rejected - 1)
+            )
             file.write(json.dumps(pair) + "\n")
 
 
@@ -87,13 +107,21 @@ def write_model(folder, device):
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", eos_token="<|im_end|>", pad_token="</s>", chat_template=CHATML
+        tokenizer_object=core,
+        unk_token="<unk>",
+        eos_token="<|im_end|>",
+        pad_token="</s>",
+        chat_template=CHATML,
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = MistralConfig(**shape, num_key_value_heads=shape["num_attention_heads"] // 4, sliding_window=4096)
+    config = MistralConfig(
+        **shape, num_key_value_heads=shape["num_attention_heads"] // 4, sliding_window=4096
+    )
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16 if device == "cuda" else torch.float32
+        )
     model.save_pretrained(folder)
 
 
@@ -141,7 +169,9 @@ def run_variant(variant, parameters, cap):
                 notebook["dtype"] = torch.float16  # cards of this size cannot compute in bf16
 
     if cap:
-        torch.cuda.set_per_process_memory_fraction(cap * 1e9 / torch.cuda.get_device_properties(0).total_memory)
+        torch.cuda.set_per_process_memory_fraction(
+            cap * 1e9 / torch.cuda.get_device_properties(0).total_memory
+        )
     run("install", "score")
     computed, times = (
         [0, 0],
@@ -195,9 +225,15 @@ def run_variant(variant, parameters, cap):
         name, dtype, in_4bit = (notebook[key] for key in ("base_model", "dtype", "load_in_4bit"))
         device_map, reference = {"": 0} if cuda else None, None
         if variant == "recipe":
-            fp4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=dtype)
-            settings = dict(dtype=dtype, quantization_config=fp4 if in_4bit else None, device_map=device_map)
-            model, reference = (notebook["AutoModelForCausalLM"].from_pretrained(name, **settings) for _ in range(2))
+            fp4 = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=dtype
+            )
+            settings = dict(
+                dtype=dtype, quantization_config=fp4 if in_4bit else None, device_map=device_map
+            )
+            model, reference = (
+                notebook["AutoModelForCausalLM"].from_pretrained(name, **settings) for _ in range(2)
+            )
         else:
             model = notebook["load_4bit"](name, dtype, in_4bit, device_map=device_map)
         arguments = DPOConfig(
@@ -229,18 +265,30 @@ def run_variant(variant, parameters, cap):
             model=model,
             ref_model=reference,
             args=arguments,
-            train_dataset=notebook["rows"].select([i for step in steps for i in rng.sample(step, size)]),
+            train_dataset=notebook["rows"].select(
+                [i for step in steps for i in rng.sample(step, size)]
+            ),
             processing_class=notebook["tokenizer"],
-            peft_config=LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"),
+            peft_config=LoraConfig(
+                r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+            ),
         )
         if variant != "recipe":  # as in the notebook, or the losses could not be compared
             for parameter in trainer.model.parameters():
-                parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+                parameter.data = (
+                    parameter.data.float() if parameter.requires_grad else parameter.data
+                )
         gc.collect()
         timed(trainer).train()
 
-    rows = [trainer.train_dataset[i] for i in range(notebook["pairs_per_step"], len(trainer.train_dataset))]
-    real = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    rows = [
+        trainer.train_dataset[i]
+        for i in range(notebook["pairs_per_step"], len(trainer.train_dataset))
+    ]
+    real = sum(
+        2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+        for row in rows
+    )
     seconds, with_gradient, without = (sum(column) for column in zip(*times[1:], strict=True))
     head = trainer.model.get_output_embeddings()
     weights = sum(
@@ -270,27 +318,43 @@ def run_variant(variant, parameters, cap):
         losses=[entry["loss"] for entry in history],
         margins=[entry["rewards/margins"] for entry in history],
         grad_norms=[entry["grad_norm"] for entry in history],
-        eval_losses=[entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry],
+        eval_losses=[
+            entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry
+        ],
     )
 
 
 def start_child(job, environment=None, **options):
     """Runs a part of this script in a process of its own. Raises CalledProcessError if it fails."""
-    subprocess.run([sys.executable, __file__, "--child", json.dumps(job)], env=environment, check=True, **options)
+    subprocess.run(
+        [sys.executable, __file__, "--child", json.dumps(job)],
+        env=environment,
+        check=True,
+        **options,
+    )
 
 
 def measure(variant, folder, parameters, device, cap=None):
     """What a variant measured in a process of its own, or {"error": str}."""
-    environment = dict(os.environ, HF_HUB_OFFLINE="1", HF_TOKEN="", HF_TOKEN_PATH=os.devnull, WANDB_API_KEY="")
-    environment.update(MPLBACKEND="Agg", TQDM_DISABLE="1", PYTHONWARNINGS="ignore", TOKENIZERS_PARALLELISM="false")
+    environment = dict(
+        os.environ, HF_HUB_OFFLINE="1", HF_TOKEN="", HF_TOKEN_PATH=os.devnull, WANDB_API_KEY=""
+    )
+    environment.update(
+        MPLBACKEND="Agg", TQDM_DISABLE="1", PYTHONWARNINGS="ignore", TOKENIZERS_PARALLELISM="false"
+    )
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
         # glibc gives large blocks back at once and asks for them again, which would be much of what is measured here.
         environment.update(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**40))
     else:
-        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(
+            ","
+        )[0]
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        settings, result = dict(parameters, output_dir=str(Path(place, "run"))), Path(place, "result")
+        settings, result = (
+            dict(parameters, output_dir=str(Path(place, "run"))),
+            Path(place, "result"),
+        )
         job = dict(variant=variant, parameters=settings, cap=cap, result=str(result))
         try:
             start_child(job, environment, cwd=place, capture_output=True, text=True)
@@ -301,11 +365,15 @@ def measure(variant, folder, parameters, device, cap=None):
 
 def difference(a, b, name):
     """The largest difference of a metric between two runs, relative to its largest value."""
-    return max(abs(x - y) for x, y in zip(a[name], b[name], strict=True)) / max(map(abs, [*a[name], 1e-30]))
+    return max(abs(x - y) for x, y in zip(a[name], b[name], strict=True)) / max(
+        map(abs, [*a[name], 1e-30])
+    )
 
 
 def table(header, rows):
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows))
+    return "\n".join(
+        "| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows)
+    )
 
 
 def report(results, rate):
@@ -327,7 +395,14 @@ def report(results, rate):
                     f"{best['batch']}, {'on' if best['checkpointing'] else 'off'}",
                 ]
             )
-        header = ["variant", "pairs/s, each round", "tokens per real token", "s per step", "peak GB", "of matmul rate"]
+        header = [
+            "variant",
+            "pairs/s, each round",
+            "tokens per real token",
+            "s per step",
+            "peak GB",
+            "of matmul rate",
+        ]
         lines = [table([*header, "batch, checkpointing"], rows), ""]
         parts.append(f"### {mix}\n\n" + "\n".join(lines))
         if not (ours := variants.get("notebook")):
@@ -341,7 +416,9 @@ def report(results, rate):
         stock = [runs[0] for name, runs in variants.items() if name.startswith("stock")]
         for metric in ("losses", "margins", "grad_norms") if stock else ():
             largest = max(difference(run, ours[0], metric) for run in stock)
-            lines.append(f"- largest difference to stock in {metric}, relative to the largest value: {largest:.1e}")
+            lines.append(
+                f"- largest difference to stock in {metric}, relative to the largest value: {largest:.1e}"
+            )
         parts[-1] = f"### {mix}\n\n" + "\n".join(lines)
     return "\n\n".join(parts)
 
@@ -358,13 +435,16 @@ def draw(results, path):
     names = [name for name in VARIANTS if any(name in variants for variants in results.values())]
     for i, name in enumerate(names):
         bars = {
-            x + (i - (len(names) - 1) / 2) * 0.8 / len(names): mean(variants[name]) / mean(variants["stock"])
+            x + (i - (len(names) - 1) / 2) * 0.8 / len(names): mean(variants[name])
+            / mean(variants["stock"])
             for x, variants in enumerate(results.values())
             if name in variants
         }
         axes.bar(bars.keys(), bars.values(), width=0.75 / len(names), label=name)
     axes.set_xticks(range(len(results)), list(results))
-    axes.set(ylabel="pairs per second, stock TRL = 1", title="Training speed by lengths of the pairs")
+    axes.set(
+        ylabel="pairs per second, stock TRL = 1", title="Training speed by lengths of the pairs"
+    )
     axes.axhline(1, color="black", linewidth=0.8)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120, bbox_inches="tight")
@@ -375,20 +455,31 @@ def main(arguments, folder):
     import torch
 
     device, base = arguments.device, folder / f"model-{arguments.device}"
-    output, stem = Path(arguments.output).resolve(), f"speed-{device}" + ("-caps" if arguments.caps else "")
+    output, stem = (
+        Path(arguments.output).resolve(),
+        f"speed-{device}" + ("-caps" if arguments.caps else ""),
+    )
     output.mkdir(parents=True, exist_ok=True)
     # In processes of their own, so that the memory of the GPU is given back.
     if not (base / "config.json").exists():
         print(f"writing a model with random weights to {base}", flush=True)
         start_child(dict(model=str(base), device=device))
-    rate = start_child(dict(rate=str(folder / "rate"), device=device)) or json.loads((folder / "rate").read_text())
-    card = torch.cuda.get_device_name(0) if device == "cuda" else platform.processor() or platform.machine()
+    rate = start_child(dict(rate=str(folder / "rate"), device=device)) or json.loads(
+        (folder / "rate").read_text()
+    )
+    card = (
+        torch.cuda.get_device_name(0)
+        if device == "cuda"
+        else platform.processor() or platform.machine()
+    )
     found = dict(
         date=datetime.date.today().isoformat(),
         machine=f"{card}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 1e9:.0f} GB",
         command=shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
         python=platform.python_version(),
-        versions={name: version(name) for name in ("torch", "transformers", "trl", "peft", "bitsandbytes")},
+        versions={
+            name: version(name) for name in ("torch", "transformers", "trl", "peft", "bitsandbytes")
+        },
         matmul_operations_per_second=rate,
         results={},
         errors={},
@@ -437,13 +528,18 @@ def main(arguments, folder):
         else:
             runs.setdefault(name, []).append(run)
             line = f"{run['pairs_per_second']:.3f} pairs/s, {run['train_seconds']:.0f} s of training and evaluation"
-        print(f"{mix}, round {number + 1}, {name}: {line}, {time.time() - start:.0f} s in all", flush=True)
+        print(
+            f"{mix}, round {number + 1}, {name}: {line}, {time.time() - start:.0f} s in all",
+            flush=True,
+        )
         (output / f"{stem}.json").write_text(json.dumps(found, indent=1) + "\n")
 
     print("\n" + report(found["results"], rate))
     if all("stock" in runs for runs in found["results"].values()):
         draw(found["results"], output / f"{stem}.png")
-    print(f"\n{found['date']}, {found['machine']}, matmul {rate / 1e12:.3g} TFLOP/s; {found['versions']}")
+    print(
+        f"\n{found['date']}, {found['machine']}, matmul {rate / 1e12:.3g} TFLOP/s; {found['versions']}"
+    )
     print(found["command"])
     if found["errors"]:
         raise SystemExit(f"failed: {found['errors']}")
@@ -452,15 +548,25 @@ def main(arguments, folder):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=2, help="how often each variant runs on the orca lengths")
     parser.add_argument(
-        "--steps", type=int, help="of a run, the first not timed; 3 on a CPU and 12 on a GPU by default"
+        "--rounds", type=int, default=2, help="how often each variant runs on the orca lengths"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="of a run, the first not timed; 3 on a CPU and 12 on a GPU by default",
     )
     parser.add_argument("--mixes", nargs="+", choices=MIXES, default=list(MIXES))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS)
-    parser.add_argument("--caps", action="store_true", help="the notebook under 16, 24, 40 and 80 GB of GPU memory")
-    parser.add_argument("--folder", help="where model and pairs are made and kept; a temporary one by default")
-    parser.add_argument("--output", default=str(Path(__file__).parent), help="where JSON and figure go")
+    parser.add_argument(
+        "--caps", action="store_true", help="the notebook under 16, 24, 40 and 80 GB of GPU memory"
+    )
+    parser.add_argument(
+        "--folder", help="where model and pairs are made and kept; a temporary one by default"
+    )
+    parser.add_argument(
+        "--output", default=str(Path(__file__).parent), help="where JSON and figure go"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:

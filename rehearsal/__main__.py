@@ -61,19 +61,40 @@ def run_notebook(folder, environment, **parameters):
     folder.mkdir(parents=True, exist_ok=True)
     executed = folder / "dpo_finetune.ipynb"
     options = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
-    command = [sys.executable, "-m", "papermill", str(NOTEBOOK), str(executed), "--cwd", str(folder), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(NOTEBOOK),
+        str(executed),
+        "--cwd",
+        str(folder),
+        *options,
+    ]
     process, minutes = subprocess.Popen([*command, "--no-progress-bar"], env=environment), 0
     while process.poll() is None:
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
-            steps = [int(path.name.partition("-")[2]) for path in folder.glob("*/checkpoint-*[0-9]")]
+            steps = [
+                int(path.name.partition("-")[2]) for path in folder.glob("*/checkpoint-*[0-9]")
+            ]
             print(
-                f"{(minutes := minutes + 1)} min, step {max(steps, default=0)} of {parameters['max_steps']}", flush=True
+                f"{(minutes := minutes + 1)} min, step {max(steps, default=0)} of {parameters['max_steps']}",
+                flush=True,
             )
     if process.returncode:
         raise SystemExit(f"A cell of {executed} failed.")
-    export = [sys.executable, "-m", "nbconvert", "--to", "html", "--log-level", "ERROR", str(executed)]
+    export = [
+        sys.executable,
+        "-m",
+        "nbconvert",
+        "--to",
+        "html",
+        "--log-level",
+        "ERROR",
+        str(executed),
+    ]
     subprocess.run(export, check=True)
     return executed
 
@@ -101,9 +122,13 @@ def rehearse(output, make=make_model, **parameters):
 def summary(output, hub, seconds):
     """Six lines on what the run in `output` came to, read from the record that it left."""
     run = json.loads((output / "dpo_run" / "run.json").read_text())
-    share = {name: f"{scores['chosen likelier per token']:.1%}" for name, scores in run["scores"].items()}
+    share = {
+        name: f"{scores['chosen likelier per token']:.1%}" for name, scores in run["scores"].items()
+    }
     evaluated = [entry for entry in run["history"] if "eval_loss" in entry]
-    losses, accuracies = ([entry[f"eval_{key}"] for entry in evaluated] for key in ("loss", "rewards/accuracies"))
+    losses, accuracies = (
+        [entry[f"eval_{key}"] for entry in evaluated] for key in ("loss", "rewards/accuracies")
+    )
     pushed = len(list(hub.folder(f"{hub.user}/{TUNED}").rglob("*.safetensors")))
     return f"""Pairs:      {sum(run["dropped"].values())} rows dropped; the notebook shows why
 Loss:       held-out, {losses[0]:.4f} before training, {losses[-1]:.4f} after
@@ -116,9 +141,15 @@ Left in {output}/ after {seconds:.0f} s: dpo_finetune.html (read this), dpo_fine
 def draw_picture(output, picture):
     """What the run in `output` came to as one image: answers before and after, beside the held-out curves."""
     run = json.loads((output / "dpo_run" / "run.json").read_text())
-    evaluated = pd.DataFrame([entry for entry in run["history"] if "eval_loss" in entry]).set_index("step")
-    evaluated = evaluated.rename(columns=lambda name: name.removeprefix("eval_").removeprefix("rewards/"))
-    figure, axes = plt.subplot_mosaic([["text", "loss"], ["text", "margins"], ["text", "accuracies"]], figsize=(13, 6))
+    evaluated = pd.DataFrame([entry for entry in run["history"] if "eval_loss" in entry]).set_index(
+        "step"
+    )
+    evaluated = evaluated.rename(
+        columns=lambda name: name.removeprefix("eval_").removeprefix("rewards/")
+    )
+    figure, axes = plt.subplot_mosaic(
+        [["text", "loss"], ["text", "margins"], ["text", "accuracies"]], figsize=(13, 6)
+    )
     for name in ("loss", "margins", "accuracies"):
         evaluated[name].plot(ax=axes[name], style="o-", xlabel="step", title=f"held-out {name}")
     lines = [f"{run['parameters']['base_model']}, {run['parameters']['max_steps']} steps"]
@@ -127,7 +158,9 @@ def draw_picture(output, picture):
         for when in ("before", "after"):
             answer = textwrap.wrap(run[when][question], 76)
             lines += [f"{when}:", *answer[:5], *["…"] * (len(answer) > 5)]
-    axes["text"].text(0, 1, "\n".join(lines), va="top", family="monospace", fontsize=8, parse_math=False)
+    axes["text"].text(
+        0, 1, "\n".join(lines), va="top", family="monospace", fontsize=8, parse_math=False
+    )
     axes["text"].axis("off")
     figure.tight_layout()
     figure.savefig(picture, dpi=110)
@@ -135,9 +168,15 @@ def draw_picture(output, picture):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser("python -m rehearsal", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("rehearsal-output"), help="folder, emptied first")
-    parser.add_argument("--real", action="store_true", help="a real chat model, SmolLM2-135M-Instruct")
-    parser.add_argument("--behaviour", action="store_true", help="what it writes, before and after: half an hour")
+    parser.add_argument(
+        "--output", type=Path, default=Path("rehearsal-output"), help="folder, emptied first"
+    )
+    parser.add_argument(
+        "--real", action="store_true", help="a real chat model, SmolLM2-135M-Instruct"
+    )
+    parser.add_argument(
+        "--behaviour", action="store_true", help="what it writes, before and after: half an hour"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the training with --behaviour")
     parser.add_argument("--picture", type=Path, help="also draw answers and curves into this file")
     arguments = parser.parse_args()
@@ -150,7 +189,11 @@ if __name__ == "__main__":
         if arguments.picture:
             behaviour.draw_picture(output, table, arguments.picture)
         sys.exit()
-    hub = rehearse(output, make_real_model, **REAL) if arguments.real else rehearse(output, **PARAMETERS)
+    hub = (
+        rehearse(output, make_real_model, **REAL)
+        if arguments.real
+        else rehearse(output, **PARAMETERS)
+    )
     if arguments.picture:
         draw_picture(output, arguments.picture)
     print(summary(output, hub, time.time() - start))

@@ -48,8 +48,19 @@ def make_pairs(model, rule, folder):
     pairs = folder / f"pairs-{rule}.jsonl"
     if not pairs.exists():
         own = folder / "own.jsonl"
-        asked = ["--model", model, "--prompts", RECIPE / "prompts.txt", "--answers", 4, "--batch-size", 24]
-        recipe("make_pairs.py", *asked, "--seed", 1, "--rule", RECIPE / f"{rule}.py", "--output", own)
+        asked = [
+            "--model",
+            model,
+            "--prompts",
+            RECIPE / "prompts.txt",
+            "--answers",
+            4,
+            "--batch-size",
+            24,
+        ]
+        recipe(
+            "make_pairs.py", *asked, "--seed", 1, "--rule", RECIPE / f"{rule}.py", "--output", own
+        )
         own.rename(pairs)
     return pairs
 
@@ -59,13 +70,17 @@ def sample(model, prompts, file, at_once=60):
     rules = [RECIPE / f"{rule}.py" for rule in RULES]
     asked = ["--model", model, "--prompts", prompts, "--batch-size", at_once, "--seed", 7]
     recipe("share.py", *asked, "--rule", *rules, "--output", file)
-    lines = file.read_text(encoding="utf-8").split("\n")[1:-1]  # the first says how they were sampled
+    lines = file.read_text(encoding="utf-8").split("\n")[
+        1:-1
+    ]  # the first says how they were sampled
     return [json.loads(line)[0] for line in lines]
 
 
 def answers_file(output, rule, seed, number):
     """Where the answers to the held-out prompts are: of a round of a rule, or before the first, of round 0."""
-    return output / (f"held-out-{rule}-seed{seed}-round{number}.jsonl" if number else "held-out-before.jsonl")
+    return output / (
+        f"held-out-{rule}-seed{seed}-round{number}.jsonl" if number else "held-out-before.jsonl"
+    )
 
 
 def kept(rule, answers):
@@ -117,7 +132,9 @@ def measure(run_notebook, environment, output, seed=1, rounds=2):
     held_out = RECIPE / "held_out.txt"
     questions = [line.strip().removesuffix(REQUEST) for line in held_out.open()][:40]
     (output / "plain.txt").write_text("\n".join(questions) + "\n")
-    usual = [answer["text"] for answer in sample(base, output / "plain.txt", output / "plain.jsonl", 40)]
+    usual = [
+        answer["text"] for answer in sample(base, output / "plain.txt", output / "plain.jsonl", 40)
+    ]
     models = [("before", 0, base), *train(run_notebook, environment, output, seed, rounds)]
     table = []
     for rule, number, model in models:
@@ -156,7 +173,9 @@ def answer_in_lines(file, place, width=58, most=7):
     """The answer at a place of a file of answers, wrapped, with an ellipsis where it is longer than `most` lines."""
     line = file.read_text(encoding="utf-8").split("\n")[1 + place]
     paragraphs = json.loads(line)[0]["text"].split("\n")
-    lines = [part for paragraph in paragraphs if paragraph for part in textwrap.wrap(paragraph, width)]
+    lines = [
+        part for paragraph in paragraphs if paragraph for part in textwrap.wrap(paragraph, width)
+    ]
     return "\n".join(lines[:most] + ["…"] * (len(lines) > most))
 
 
@@ -166,26 +185,46 @@ def draw_picture(output, table, picture, rule="two_sentences", places=(0, 1)):
     places: of the held-out prompts that are shown.
     """
     last = max((row for row in table if row["rule"] == rule), key=lambda row: row["round"])
-    files = [answers_file(output, "before", 0, 0), answers_file(output, rule, last["seed"], last["round"])]
+    files = [
+        answers_file(output, "before", 0, 0),
+        answers_file(output, rule, last["seed"], last["round"]),
+    ]
     prompts = [line.strip() for line in (RECIPE / "held_out.txt").open()]
     figure = plt.figure(figsize=(10, 2.6 + 1.9 * len(places)), layout="constrained")
     rows = figure.add_gridspec(len(places) + 1, 2, height_ratios=[1.9] * len(places) + [2.4])
     for number, place in enumerate(places):
-        for column, (when, file) in enumerate(zip(["Before", f"After {last['round']} rounds"], files, strict=True)):
+        for column, (when, file) in enumerate(
+            zip(["Before", f"After {last['round']} rounds"], files, strict=True)
+        ):
             axes = figure.add_subplot(rows[number, column])
             axes.axis("off")
             question = textwrap.fill(prompts[place].removesuffix(REQUEST), 54)
             head = f"{when}: {question}" if column else f"{when}: {question}"
             axes.text(0, 1, head, va="top", fontsize=11, weight="bold", parse_math=False)
-            axes.text(0, 0.84, answer_in_lines(file, place), va="top", fontsize=10.5, parse_math=False)
+            axes.text(
+                0, 0.84, answer_in_lines(file, place), va="top", fontsize=10.5, parse_math=False
+            )
     for column, (name, words) in enumerate(RULES.items()):
         axes = figure.add_subplot(rows[-1, column])
         measured = [row for row in table if row["rule"] in ("before", name)]
         for row in measured:
             low, high = interval(row[name], row["answers"])
             share = row[name] / row["answers"]
-            axes.bar(str(row["round"]), share, yerr=[[share - low], [high - share]], capsize=6, color="C0", alpha=0.7)
-            axes.annotate(f"{share:.0%}", (str(row["round"]), high), (0, 3), textcoords="offset points", ha="center")
+            axes.bar(
+                str(row["round"]),
+                share,
+                yerr=[[share - low], [high - share]],
+                capsize=6,
+                color="C0",
+                alpha=0.7,
+            )
+            axes.annotate(
+                f"{share:.0%}",
+                (str(row["round"]), high),
+                (0, 3),
+                textcoords="offset points",
+                ha="center",
+            )
         axes.set(title=f"Answer {words}", xlabel="rounds of DPO on own answers", ylim=(0, 1.1))
         axes.yaxis.set_major_formatter("{x:.0%}")
     figure.suptitle(f"SmolLM2-135M, asked for: “{REQUEST.strip()}”", fontsize=13)

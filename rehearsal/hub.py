@@ -59,7 +59,9 @@ class Hub:
         """
         home = Path(home)
         # Both spellings: where both are set, the lower one wins.
-        no_proxy = ",".join(filter(None, [os.environ.get("NO_PROXY"), os.environ.get("no_proxy"), "127.0.0.1"]))
+        no_proxy = ",".join(
+            filter(None, [os.environ.get("NO_PROXY"), os.environ.get("no_proxy"), "127.0.0.1"])
+        )
         return {
             "HF_ENDPOINT": self.url,
             "HF_TOKEN": self.token,
@@ -136,7 +138,9 @@ class Hub:
         return oid
 
     def save(self):
-        state = {f"{repo_type}s/{repo_id}": repo for (repo_type, repo_id), repo in self.repos.items()}
+        state = {
+            f"{repo_type}s/{repo_id}": repo for (repo_type, repo_id), repo in self.repos.items()
+        }
         new = self.root / "hub.json.new"
         new.write_text(json.dumps(state, indent=1), "utf-8")
         new.replace(self.root / "hub.json")
@@ -155,8 +159,14 @@ def regular_file(data):
 
 
 def lfs_file(sha256, size):
-    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
-    return {"size": size, "oid": git_oid(pointer), "lfs": {"oid": sha256, "size": size, "pointerSize": len(pointer)}}
+    pointer = (
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
+    )
+    return {
+        "size": size,
+        "oid": git_oid(pointer),
+        "lfs": {"oid": sha256, "size": size, "pointerSize": len(pointer)},
+    }
 
 
 def describe(path):
@@ -191,12 +201,18 @@ class Failure(Exception):
 
     def __init__(self, status, message, code=None, **headers):
         self.status, self.message = status, message
-        self.headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **headers}
+        self.headers = {
+            "X-Error-Message": message,
+            **({"X-Error-Code": code} if code else {}),
+            **headers,
+        }
 
 
 class Server(ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 128  # the clients open many connections at once; one that does not fit waits a second
+    request_queue_size = (
+        128  # the clients open many connections at once; one that does not fit waits a second
+    )
 
     def handle_error(self, request, client_address):
         if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that went away is no news
@@ -205,7 +221,9 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # keeps connections open
-    wbufsize = -1  # buffered: headers and body sent apart cost 44 ms a request (Nagle meets the delayed ACK)
+    wbufsize = (
+        -1
+    )  # buffered: headers and body sent apart cost 44 ms a request (Nagle meets the delayed ACK)
 
     PAGE = r"/(?:(?P<kind>dataset)s/)?(?P<id>[^/]+/[^/]+|[^/]+)"
     API = r"/api/(?P<kind>model|dataset)s/(?P<id>[^/]+/[^/]+|[^/]+)"
@@ -234,11 +252,15 @@ class Handler(BaseHTTPRequestHandler):
         try:
             authorization = self.headers.get("Authorization")
             self.known = authorization == f"Bearer {self.hub.token}"
-            if authorization and not self.known:  # the Hub refuses a wrong token even for what is public
+            if (
+                authorization and not self.known
+            ):  # the Hub refuses a wrong token even for what is public
                 raise Failure(401, "Invalid credentials in Authorization header")
             for methods, pattern, name in self.ROUTES:
                 if self.command in methods.split() and (match := re.fullmatch(pattern, url.path)):
-                    fields = {field: unquote(text) for field, text in match.groupdict().items() if text}
+                    fields = {
+                        field: unquote(text) for field, text in match.groupdict().items() if text
+                    }
                     if "id" in fields:
                         fields["key"] = (fields.pop("kind", "model"), fields.pop("id"))
                     getattr(self, name)(**fields)
@@ -270,7 +292,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, answer, status=200, headers=None):
         data = json.dumps(answer).encode()
-        self.start(status, {"Content-Type": "application/json", "Content-Length": len(data), **(headers or {})})
+        self.start(
+            status,
+            {"Content-Type": "application/json", "Content-Length": len(data), **(headers or {})},
+        )
         if self.command != "HEAD":
             self.wfile.write(data)
 
@@ -289,7 +314,9 @@ class Handler(BaseHTTPRequestHandler):
         if repo is None:
             raise Failure(404, "Repository not found", "RepoNotFound")
         if write and not key[1].startswith(f"{self.hub.user}/"):
-            raise Failure(403, "You have read access but not the required permissions for this operation")
+            raise Failure(
+                403, "You have read access but not the required permissions for this operation"
+            )
         return repo
 
     def files(self, key, revision="main"):
@@ -303,7 +330,12 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, key, revision, path):
         oid, files = self.files(key, revision)
         if key in self.hub.gated:
-            raise Failure(403, f"Access to {key[0]} {key[1]} is restricted", "GatedRepo", **{"X-Repo-Commit": oid})
+            raise Failure(
+                403,
+                f"Access to {key[0]} {key[1]} is restricted",
+                "GatedRepo",
+                **{"X-Repo-Commit": oid},
+            )
         if path not in files:
             raise Failure(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": oid})
         size = files[path]["size"]
@@ -316,7 +348,10 @@ class Handler(BaseHTTPRequestHandler):
             if first >= end:
                 raise Failure(416, "Range not satisfiable", **{"Content-Range": f"bytes */{size}"})
             status, headers["Content-Range"] = 206, f"bytes {first}-{end - 1}/{size}"
-        self.start(status, {"Content-Type": "application/octet-stream", "Content-Length": end - first, **headers})
+        self.start(
+            status,
+            {"Content-Type": "application/octet-stream", "Content-Length": end - first, **headers},
+        )
         if self.command == "GET":
             with self.hub.blob(key, files[path]).open("rb") as stream:
                 stream.seek(first)
@@ -332,7 +367,12 @@ class Handler(BaseHTTPRequestHandler):
                 sibling.update(size=file["size"], blobId=file["oid"])
                 if "lfs" in file:
                     sibling["lfs"] = {**file["lfs"], "sha256": file["lfs"]["oid"]}
-        answer = {"id": key[1], "author": key[1].split("/")[0], "sha": oid, "private": self.hub.repos[key]["private"]}
+        answer = {
+            "id": key[1],
+            "author": key[1].split("/")[0],
+            "sha": oid,
+            "private": self.hub.repos[key]["private"],
+        }
         gated = "manual" if key in self.hub.gated else False
         self.reply({**answer, "gated": gated, "disabled": False, "tags": [], "siblings": siblings})
 
@@ -351,14 +391,21 @@ class Handler(BaseHTTPRequestHandler):
 
     def paths_info(self, key, revision):
         _, files = self.files(key, revision)
-        paths = [path.rstrip("/") for path in parse_qs(b"".join(self.body).decode()).get("paths", [])]
+        paths = [
+            path.rstrip("/") for path in parse_qs(b"".join(self.body).decode()).get("paths", [])
+        ]
         self.reply([entry for entry in (self.entry(files, path) for path in paths) if entry])
 
     def entry(self, files, path):
         if path in files:
             return {"type": "file", "path": path, **files[path]}
         if any(name.startswith(f"{path}/") for name in files):
-            return {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
+            return {
+                "type": "directory",
+                "path": path,
+                "size": 0,
+                "oid": hashlib.sha1(path.encode()).hexdigest(),
+            }
         return None
 
     def whoami(self):
@@ -378,9 +425,13 @@ class Handler(BaseHTTPRequestHandler):
         if not self.known:
             raise Failure(401, "Invalid username or password.")
         if user != self.hub.user:
-            raise Failure(403, f"You don't have the rights to create a {key[0]} under this namespace")
+            raise Failure(
+                403, f"You don't have the rights to create a {key[0]} under this namespace"
+            )
         if key[0] not in ("model", "dataset") or not re.fullmatch(r"\w[\w.-]*", asked["name"]):
-            raise Failure(400, "This stand-in of the Hub serves models and datasets, under plain names")
+            raise Failure(
+                400, "This stand-in of the Hub serves models and datasets, under plain names"
+            )
         answer = {"url": self.hub.page(key)}
         with self.hub.lock:
             if key in self.hub.repos:
@@ -403,8 +454,14 @@ class Handler(BaseHTTPRequestHandler):
         answer = []
         for asked in self.read_json()["files"]:
             lfs = is_lfs(base64.b64decode(asked["sample"]), asked["size"])
-            file = {"path": asked["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
-            if asked["path"] in files:  # the client leaves a file out of its commit where this is what it has
+            file = {
+                "path": asked["path"],
+                "uploadMode": "lfs" if lfs else "regular",
+                "shouldIgnore": False,
+            }
+            if (
+                asked["path"] in files
+            ):  # the client leaves a file out of its commit where this is what it has
                 file["oid"] = etag(files[asked["path"]])
             answer.append(file)
         self.reply({"files": answer})
@@ -416,12 +473,18 @@ class Handler(BaseHTTPRequestHandler):
             sha256, file = asked["oid"], {"oid": asked["oid"], "size": asked["size"]}
             if not self.hub.blob(key, {"oid": sha256}).exists():
                 self.hub.uploads.add((key, sha256))
-                file["actions"] = {"upload": {"href": base + sha256}, "verify": {"href": base + "verify"}}
+                file["actions"] = {
+                    "upload": {"href": base + sha256},
+                    "verify": {"href": base + "verify"},
+                }
             answer.append(file)
         self.reply({"transfer": "basic", "objects": answer})
 
     def lfs_upload(self, key, sha256):
-        if (key, sha256) not in self.hub.uploads:  # stands for the signed address: a client sends no token here
+        if (
+            key,
+            sha256,
+        ) not in self.hub.uploads:  # stands for the signed address: a client sends no token here
             raise Failure(403, "This upload was not announced")
         blob, found = self.hub.blob(key, {"oid": sha256}), hashlib.sha256()
         partial = blob.with_suffix(f".{threading.get_ident()}")
@@ -449,7 +512,9 @@ class Handler(BaseHTTPRequestHandler):
     def commit(self, key, revision):
         self.repository(key, write=True)
         if revision != "main" or "create_pr" in self.query:
-            raise Failure(404, "This stand-in of the Hub commits to the branch main only", "RevisionNotFound")
+            raise Failure(
+                404, "This stand-in of the Hub commits to the branch main only", "RevisionNotFound"
+            )
         lines = [json.loads(line) for line in b"".join(self.body).splitlines()]
         with self.hub.lock:
             parent, files = self.hub.head(key)
@@ -464,7 +529,9 @@ class Handler(BaseHTTPRequestHandler):
                 elif kind == "file":
                     data = base64.b64decode(value["content"])
                     files[path] = regular_file(data)
-                    if not self.hub.blob(key, files[path]).exists():  # else it may be on its way to a reader
+                    if not self.hub.blob(
+                        key, files[path]
+                    ).exists():  # else it may be on its way to a reader
                         self.hub.blob(key, files[path]).write_bytes(data)
                 elif kind == "lfsFile":
                     blob = self.hub.blob(key, {"oid": value["oid"]})
@@ -474,7 +541,11 @@ class Handler(BaseHTTPRequestHandler):
                 elif kind in ("deletedFile", "deletedFolder"):
                     kept = {name: files[name] for name in files if name != path}
                     if kind == "deletedFolder":
-                        kept = {name: file for name, file in kept.items() if not name.startswith(f"{path}/")}
+                        kept = {
+                            name: file
+                            for name, file in kept.items()
+                            if not name.startswith(f"{path}/")
+                        }
                     if len(kept) == len(files):
                         raise Failure(404, "A file with this name doesn't exist", "EntryNotFound")
                     files = kept
@@ -483,7 +554,9 @@ class Handler(BaseHTTPRequestHandler):
             if not parent.startswith(header.get("parentCommit", "")):
                 raise Failure(412, "A commit has happened since")
             oid = self.hub.publish(key, files, header["summary"])
-        self.reply({"success": True, "commitUrl": f"{self.hub.page(key)}/commit/{oid}", "commitOid": oid})
+        self.reply(
+            {"success": True, "commitUrl": f"{self.hub.page(key)}/commit/{oid}", "commitOid": oid}
+        )
 
 
 def is_private(asked, default=False):

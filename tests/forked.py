@@ -21,7 +21,7 @@ def run(folder, parameters, environment):
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.stdout.reconfigure(line_buffering=True)
-    from notebook import CELLS, run_cells
+    from rehearsal.notebook import CELLS, run_cells
 
     run_cells("install", list(CELLS)[-1], **parameters)
 

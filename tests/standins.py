@@ -13,18 +13,30 @@ import sentencepiece
 import torch
 import trl
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from rehearsal.hub import Hub
 
 TEXT = (Path(__file__).parents[1] / "LICENSE").read_text()
-TEMPLATES = {path.stem: path.read_text() for path in sorted(Path(trl.__file__).parent.glob("chat_templates/*.jinja"))}
+TEMPLATES = {
+    path.stem: path.read_text()
+    for path in sorted(Path(trl.__file__).parent.glob("chat_templates/*.jinja"))
+}
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 # Qwen's own habit: a system turn of its own where the conversation brings none.
-QWEN = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are Qwen.<|im_end|>\n{% endif %}" + CHATML
+QWEN = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are Qwen.<|im_end|>\n{% endif %}"
+    + CHATML
+)
 # Refuses a system turn, and its marks are plain text rather than special tokens.
 MISTRAL_INSTRUCT = (
     "{{ bos_token }}{% for message in messages %}"
@@ -35,13 +47,24 @@ MISTRAL_INSTRUCT = (
 )
 # What Llama 3 and Qwen take for words.
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SIZE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+SIZE = dict(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 
 
 def byte_level(folder, template, special, **named):
     """Saves a byte-level BPE tokenizer, which puts bos before a text if the template does."""
-    core, level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), level])
+    core, level = (
+        Tokenizer(models.BPE()),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    )
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(WORDS), "isolated"), level]
+    )
     core.decoder = decoders.ByteLevel()
     kind = dict(special_tokens=special, initial_alphabet=level.alphabet(), show_progress=False)
     core.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=700, **kind))
@@ -76,8 +99,15 @@ def write_sentencepiece_repository(folder, model_file, added=(), **settings):
     """What an old Llama-style repository holds: tokenizer.model and its settings, no tokenizer.json."""
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model_file).get_piece_size()
     tokens = {0: "<unk>", 1: "<s>", 2: "</s>", **dict(enumerate(added, start=pieces))}
-    config = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "bos_token": "<s>"}
-    config["added_tokens_decoder"] = {i: {"content": token, "special": True} for i, token in tokens.items()}
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": True,
+        "add_bos_token": True,
+        "bos_token": "<s>",
+    }
+    config["added_tokens_decoder"] = {
+        i: {"content": token, "special": True} for i, token in tokens.items()
+    }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model_file)
     (folder / "tokenizer_config.json").write_text(json.dumps(config | settings))
@@ -89,21 +119,29 @@ def make(family, folder):
     if family == "llama3":
         config = LlamaConfig
         special = "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>".split()
-        byte_level(folder, TEMPLATES["llama3"], special, bos_token=special[0], eos_token=special[-1])
+        byte_level(
+            folder, TEMPLATES["llama3"], special, bos_token=special[0], eos_token=special[-1]
+        )
     elif family == "qwen":
         config = Qwen2Config
         special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
         byte_level(folder, QWEN, special, pad_token=special[0], eos_token=special[-1])
     elif family == "chatml":
-        settings = dict(added=["<|im_end|>", "<|im_start|>"], eos_token="<|im_end|>", pad_token="</s>")
-        write_sentencepiece_repository(folder, small_sentencepiece(), chat_template=CHATML, **settings)
+        settings = dict(
+            added=["<|im_end|>", "<|im_start|>"], eos_token="<|im_end|>", pad_token="</s>"
+        )
+        write_sentencepiece_repository(
+            folder, small_sentencepiece(), chat_template=CHATML, **settings
+        )
     else:
         settings = dict(eos_token="</s>", chat_template=MISTRAL_INSTRUCT)
         write_sentencepiece_repository(folder, small_sentencepiece(), **settings)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config(vocab_size=len(tokenizer), **ends, **SIZE), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        config(vocab_size=len(tokenizer), **ends, **SIZE), dtype=torch.float32
+    )
     model.half().save_pretrained(folder)
     return folder
 

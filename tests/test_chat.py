@@ -9,15 +9,21 @@ from pathlib import Path
 
 import pytest
 import standins
-from notebook import alone, run_cell, run_cells
 from standins import CHATML, MISTRAL_INSTRUCT
 from transformers import AutoTokenizer
 
-TEMPLATES = {name: text for name, text in standins.TEMPLATES.items() if not name.endswith("_training")}
+from rehearsal.notebook import alone, run_cell, run_cells
+
+TEMPLATES = {
+    name: text for name, text in standins.TEMPLATES.items() if not name.endswith("_training")
+}
 # Two open a reasoning when asked and write none down; the others take lists of parts only, for their images.
 REFUSED = {"deepseek_r1_distill", "deepseekv3", "idefics3", "llava_next", "smolvlm"}
 THINKING = {f"nemotron_3_{size}" for size in ("nano", "super", "ultra", "5_lightning")}
-THINKING |= {"qwen3_5_think", "qwen3_6"}  # open a reasoning when asked, unless enable_thinking is false
+THINKING |= {
+    "qwen3_5_think",
+    "qwen3_6",
+}  # open a reasoning when asked, unless enable_thinking is false
 # Writes a system turn before the last user turn only.
 TEMPLATES["mistral_v3"] = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system, messages = messages[0], messages[1:] %}"
@@ -25,11 +31,17 @@ TEMPLATES["mistral_v3"] = (
     "{{ system['content'] + '\\n\\n' }}{% endif %}{{ message['content'] }}[/INST]{% else %}"
     "{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
-CUTTING = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")  # as R1 does
+CUTTING = CHATML.replace(
+    "message['content']", "message['content'].split('</think>')[-1]"
+)  # as R1 does
 SKIPPING = CHATML.replace("messages %}", "messages if message['content'] != '42' %}")
-OPENING = CHATML.replace("assistant\\n' }}", "assistant\\n' }}{% if messages | length > 1 %}{{ 'So' }}{% endif %}")
+OPENING = CHATML.replace(
+    "assistant\\n' }}", "assistant\\n' }}{% if messages | length > 1 %}{{ 'So' }}{% endif %}"
+)
 DATED = CHATML.replace("{% for", "{{ strftime_now('%d %b %Y') }}{% for", 1)
-SWITCHED = DATED.replace("assistant\\n'", "assistant\\n' + ('' if enable_thinking is false else '<think>')")
+SWITCHED = DATED.replace(
+    "assistant\\n'", "assistant\\n' + ('' if enable_thinking is false else '<think>')"
+)
 ANSWERS = ("It flies.", "A stone.")
 REASONED = ("<think>\nHm.\n</think>\n\nIt flies.", "<think>\nHo.\n</think>\n\nA stone.")
 BEE = "<|im_start|>user\nA bee?<|im_end|>\n<|im_start|>assistant\nIt flies.<|im_end|>"
@@ -46,8 +58,16 @@ WRITTEN = {  # template, its tokenizer's bos, and the end of "Be brief.", "A bee
     "mistral-instruct": (None, "", "<s>[INST] Be brief.\n\nA bee? [/INST] It flies.</s>"),
     "bos is the turn mark": (CHATML, "<|im_start|>", BEE),
     "eos is another": (CHATML, "<s>", BEE),
-    "eos besides": (TEMPLATES["phi3"], "<s>", "<|user|>\nA bee?<|end|>\n<|assistant|>\nIt flies.<|end|>"),
-    "last end is another": (TEMPLATES["gptoss"], "<s>", "<|channel|>final<|message|>It flies.<|return|>"),
+    "eos besides": (
+        TEMPLATES["phi3"],
+        "<s>",
+        "<|user|>\nA bee?<|end|>\n<|assistant|>\nIt flies.<|end|>",
+    ),
+    "last end is another": (
+        TEMPLATES["gptoss"],
+        "<s>",
+        "<|channel|>final<|message|>It flies.<|return|>",
+    ),
     "two ends": (TEMPLATES["cohere2"], "<s>", "It flies.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
     "no end": (TEMPLATES["glm4moe"], "<s>", "A bee?<|assistant|>\n<think></think>\nIt flies.</s>"),
     "named templates": ({"tool_use": TEMPLATES["phi3"], "default": CHATML}, "<s>", BRIEF),
@@ -59,7 +79,12 @@ DROPPED = {  # template, turns, answers, a word of the reason
     "they differ in what is trimmed": (TEMPLATES["llama3"], ["A bee?"], ("X", "X\n"), "same"),
     "a mark in the history": (CHATML, ["A bee?", "<|im_start|>", "A bird?"], ANSWERS, "control"),
     "a mark in an answer": (CHATML, ["A bee?"], ("It flies.", "It </s> flies."), "control"),
-    "a mark that is no token": (MISTRAL_INSTRUCT, ["A bee?"], ("It flies. [INST] A bird?", "A stone."), "control"),
+    "a mark that is no token": (
+        MISTRAL_INSTRUCT,
+        ["A bee?"],
+        ("It flies. [INST] A bird?", "A stone."),
+        "control",
+    ),
     "the prompt changes": (OPENING, ["A bee?", "An insect.", "A bird?"], ANSWERS, "differently"),
     "the prompt's tokens change": (CHATML, ["A bee?"], ("\n\nIt flies.", "A stone."), "tokens"),
 }
@@ -67,13 +92,19 @@ DROPPED = {  # template, turns, answers, a word of the reason
 
 def base(folder, template, bos="<s>"):
     """The folder of a tokenizer that has a template's marks."""
-    marks = set(re.findall(r"<[|｜]?[^<>\s'\"{}%+]+?[|｜]?>", str(template))) - {"<think>", "</think>"}
+    marks = set(re.findall(r"<[|｜]?[^<>\s'\"{}%+]+?[|｜]?>", str(template))) - {
+        "<think>",
+        "</think>",
+    }
     standins.byte_level(folder, template, sorted(marks), bos_token=bos, eos_token="</s>")
     return str(folder)
 
 
 def talk(*texts, system=None):
-    turns = [{"role": role, "content": text} for role, text in zip(cycle(["user", "assistant"]), texts, strict=False)]
+    turns = [
+        {"role": role, "content": text}
+        for role, text in zip(cycle(["user", "assistant"]), texts, strict=False)
+    ]
     return [{"role": "system", "content": system}] * bool(system) + turns
 
 
@@ -83,7 +114,13 @@ def pair(*texts, answers=ANSWERS, system=None):
 
 def read(base_model, *pairs):
     """The namespace after the cells that read pairs and write them through the template."""
-    nb = dict(base_model=base_model, base_revision=None, raw=list(pairs), max_length=3000, run={"day": "2026-01-02"})
+    nb = dict(
+        base_model=base_model,
+        base_revision=None,
+        raw=list(pairs),
+        max_length=3000,
+        run={"day": "2026-01-02"},
+    )
     nb = run_cells("read-pair", "rows", nb | dict(os=os, date=date, Path=Path))
     return nb | {"rows": [*nb["pairs"].values()]}
 
@@ -94,9 +131,15 @@ def squeezed(text):
 
 def check(nb, row, pair):
     """That a pair is trained as its row says it, and as the model will be asked."""
-    tokenizer, turns, prompt = nb["tokenizer"], nb["fold_system"](pair["prompt"]), list(row["prompt_ids"])
+    tokenizer, turns, prompt = (
+        nb["tokenizer"],
+        nb["fold_system"](pair["prompt"]),
+        list(row["prompt_ids"]),
+    )
     assert prompt == tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
-    assert all(squeezed(turn["content"]) in squeezed(tokenizer.decode(prompt)) for turn in pair["prompt"])
+    assert all(
+        squeezed(turn["content"]) in squeezed(tokenizer.decode(prompt)) for turn in pair["prompt"]
+    )
     if nb["begins"]:
         assert prompt[0] == tokenizer.bos_token_id not in prompt[1:]
     for name in ("chosen", "rejected"):
@@ -106,7 +149,9 @@ def check(nb, row, pair):
         assert whole[: len(prompt + ids) - 1] == (prompt + ids)[:-1]
         asked = tokenizer.decode(prompt).rpartition(turns[-1]["content"])[2] + tokenizer.decode(ids)
         assert squeezed(pair[name]) in squeezed(asked)
-        assert asked.count("<think>") == asked.count("</think>") <= 1, "the template's reasoning besides the row's"
+        assert asked.count("<think>") == asked.count("</think>") <= 1, (
+            "the template's reasoning besides the row's"
+        )
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -124,7 +169,9 @@ def test_what_is_written(name, models, tmp_path):
 def test_a_greeting_stays_the_assistants(models):
     """Where a system turn before it has no place of its own."""
     fold_system = read(models["mistral-instruct"], pair("A bee?"))["fold_system"]
-    turns = fold_system([*talk(system="Be brief."), {"role": "assistant", "content": "Hello."}, *talk("A bee?")])
+    turns = fold_system(
+        [*talk(system="Be brief."), {"role": "assistant", "content": "Hello."}, *talk("A bee?")]
+    )
     assert [turn["role"] for turn in turns if "Hello." in turn["content"]] == ["assistant"]
 
 
@@ -155,7 +202,9 @@ def test_a_pair_of_exactly_max_length_is_kept(models):
 def test_a_template_that_refuses_a_row(models):
     """Costs that row, and the reason is the template's own."""
     tokenizer = AutoTokenizer.from_pretrained(models["mistral-instruct"])
-    with pytest.raises(ValueError, match="the chat template refuses it: Conversation roles must alternate"):
+    with pytest.raises(
+        ValueError, match="the chat template refuses it: Conversation roles must alternate"
+    ):
         alone("encode")["encode"](tokenizer, [*talk("A bee?"), *talk("A bat?")], *ANSWERS, 3000)
 
 
@@ -175,22 +224,43 @@ def test_every_template_of_trl(name, reasoning, tmp_path):
     """Each pair is trained as it is written, or dropped and counted; or all of them are refused in a sentence."""
     answers, others = (REASONED, ANSWERS) if reasoning else (ANSWERS, REASONED)
     certain = [pair("A bee?", answers=answers), pair("A bat?", answers=answers, system="Be brief.")]
-    certain += [pair("A bee?", "An insect.", "A bird?", answers=answers, system=text) for text in (None, "Be brief.")]
-    unlike, before = pair("A fly?", answers=others), pair("A bee?", "<think>1</think>2", "A fish?", answers=answers)
-    pairs = [*certain, unlike, before, pair("A cat?", answers=[f"<think>{i}</think>X" for i in "12"])]
-    if name in REFUSED or reasoning and name == "qwen3_8":  # which takes a reasoning in a field of its own
+    certain += [
+        pair("A bee?", "An insect.", "A bird?", answers=answers, system=text)
+        for text in (None, "Be brief.")
+    ]
+    unlike, before = (
+        pair("A fly?", answers=others),
+        pair("A bee?", "<think>1</think>2", "A fish?", answers=answers),
+    )
+    pairs = [
+        *certain,
+        unlike,
+        before,
+        pair("A cat?", answers=[f"<think>{i}</think>X" for i in "12"]),
+    ]
+    if (
+        name in REFUSED or reasoning and name == "qwen3_8"
+    ):  # which takes a reasoning in a field of its own
         with pytest.raises(AssertionError, match="chat template" if name in REFUSED else "No row"):
             read(base(tmp_path, TEMPLATES[name]), *pairs)
         return
     nb = read(base(tmp_path, TEMPLATES[name]), *pairs)
     for row in nb["rows"]:
         asked = nb["tokenizer"].decode(row["prompt_ids"])
-        check(nb, row, pairs.pop(next(i for i, pair in enumerate(pairs) if pair["prompt"][-1]["content"] in asked)))
+        check(
+            nb,
+            row,
+            pairs.pop(
+                next(i for i, pair in enumerate(pairs) if pair["prompt"][-1]["content"] in asked)
+            ),
+        )
     assert len(pairs) == nb["dropped"].total() and not any(pair in pairs for pair in certain)
 
 
 def ask(tokenizer, **options):
-    return tokenizer.apply_chat_template(talk("A bee?"), tokenize=False, add_generation_prompt=True, **options)
+    return tokenizer.apply_chat_template(
+        talk("A bee?"), tokenize=False, add_generation_prompt=True, **options
+    )
 
 
 @pytest.mark.parametrize("name", sorted(THINKING))

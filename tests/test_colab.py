@@ -18,10 +18,10 @@ from pathlib import Path
 import papermill
 import pytest
 from nbclient import NotebookClient
-from notebook import PATH, ROOT
 
 from rehearsal.__main__ import BASE, DATASET, PARAMETERS
 from rehearsal.hub import Hub
+from rehearsal.notebook import PATH, ROOT
 from rehearsal.world import make_model, make_pairs
 
 TESTS = Path(__file__).parent
@@ -63,15 +63,30 @@ PLACES = {  # its Python, what it puts into every process, and its environment
     "colab": ("3.13", COLAB, {"UV_SYSTEM_PYTHON": "true"}),
     "kaggle": ("3.12", KAGGLE, {"KAGGLE_KERNEL_RUN_TYPE": "Interactive"}),
 }
-KEPT = ("torch", "torchvision", "numpy", "pandas", "protobuf", "ipython", "ipykernel", "ipywidgets", "wandb")
+KEPT = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "pandas",
+    "protobuf",
+    "ipython",
+    "ipykernel",
+    "ipywidgets",
+    "wandb",
+)
 
 
 def python_of(release):
     """The interpreter of a release such as "3.13": on PATH, or pyenv's; None if there is none."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
-    found = [shutil.which(f"python{release}"), *sorted(pyenv.glob(f"versions/{release}.*/bin/python{release}"))]
+    found = [
+        shutil.which(f"python{release}"),
+        *sorted(pyenv.glob(f"versions/{release}.*/bin/python{release}")),
+    ]
     for python in filter(None, found):
-        if subprocess.run([python, "--version"], capture_output=True).returncode == 0:  # a shim may lead nowhere
+        if (
+            subprocess.run([python, "--version"], capture_output=True).returncode == 0
+        ):  # a shim may lead nowhere
             return python
     return None
 
@@ -79,7 +94,10 @@ def python_of(release):
 def versions(python):
     """The packages that an environment has: name -> version."""
     listed = subprocess.check_output([python, "-m", "pip", "list", "--format", "json"], text=True)
-    return {package["name"].lower().replace("_", "-"): package["version"] for package in json.loads(listed)}
+    return {
+        package["name"].lower().replace("_", "-"): package["version"]
+        for package in json.loads(listed)
+    }
 
 
 def pin(name, place="colab"):
@@ -92,9 +110,13 @@ def world(tmp_path_factory):
     """A folder with the rehearsal's model, of which the tokenizer is a tokenizer.model alone, and its pairs."""
     folder = tmp_path_factory.mktemp("world")
     make_model(folder / "model")
-    assert (folder / "model" / "tokenizer.model").exists() and not (folder / "model" / "tokenizer.json").exists()
+    assert (folder / "model" / "tokenizer.model").exists() and not (
+        folder / "model" / "tokenizer.json"
+    ).exists()
     (folder / "pairs").mkdir()
-    (folder / "pairs" / "train.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in make_pairs()))
+    (folder / "pairs" / "train.jsonl").write_text(
+        "".join(json.dumps(pair) + "\n" for pair in make_pairs())
+    )
     return folder
 
 
@@ -103,7 +125,9 @@ def uv(tmp_path_factory):
     """A folder that holds uv and nothing else, as it is on Colab's and Kaggle's PATH; and where it keeps downloads."""
     folder = tmp_path_factory.mktemp("uv")
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
-    subprocess.run([folder / "venv" / "bin" / "python", "-m", "pip", "install", "--quiet", "uv"], check=True)
+    subprocess.run(
+        [folder / "venv" / "bin" / "python", "-m", "pip", "install", "--quiet", "uv"], check=True
+    )
     (folder / "bin").mkdir()
     (folder / "bin" / "uv").symlink_to(folder / "venv" / "bin" / "uv")
     kept = os.environ.get("UV_CACHE_DIR")
@@ -118,12 +142,23 @@ def replica(request, tmp_path, uv, monkeypatch):
     release, modules, environment = PLACES[place]
     theirs = python_of(release)
     if theirs is None:
-        pytest.skip(f"{place} has Python {release}, and there is no python{release} here, on PATH or in pyenv.")
+        pytest.skip(
+            f"{place} has Python {release}, and there is no python{release} here, on PATH or in pyenv."
+        )
     binaries, downloads = uv
     environment = environment | {"UV_CACHE_DIR": downloads}
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([theirs, "-m", "venv", tmp_path / "venv"], check=True)
-    install = [binaries / "uv", "pip", "install", "--quiet", "--python", python, "-r", TESTS / f"{place}.txt"]
+    install = [
+        binaries / "uv",
+        "pip",
+        "install",
+        "--quiet",
+        "--python",
+        python,
+        "-r",
+        TESTS / f"{place}.txt",
+    ]
     subprocess.run(install, env=os.environ | {"UV_CACHE_DIR": downloads}, check=True)
 
     for name, text in modules.items():
@@ -160,11 +195,16 @@ def run_all(client, cells):
 
 @pytest.mark.colab
 @pytest.mark.parametrize(
-    "replica", [(place, how) for place in PLACES for how in ("uv", "pip")], indirect=True, ids="-".join
+    "replica",
+    [(place, how) for place in PLACES for how in ("uv", "pip")],
+    indirect=True,
+    ids="-".join,
 )
 def test_run_all_twice(replica, world, tmp_path, monkeypatch, request):
     before = versions(replica)
-    notebook = papermill.parameterize.parameterize_notebook(papermill.iorw.load_notebook_node(str(PATH)), SMALL)
+    notebook = papermill.parameterize.parameterize_notebook(
+        papermill.iorw.load_notebook_node(str(PATH)), SMALL
+    )
     with Hub(tmp_path / "hub") as hub:
         hub.add(BASE, world / "model")
         hub.add(DATASET, world / "pairs", repo_type="dataset")
@@ -202,7 +242,7 @@ def test_run_all_twice(replica, world, tmp_path, monkeypatch, request):
 CELLS = """
 import sys
 import google.protobuf
-from notebook import run_cells
+from rehearsal.notebook import run_cells
 base, pairs, output = sys.argv[1:]
 sizes = dict(eval_pairs=8, max_steps=4, warmup_steps=1, max_length=512)
 nb = run_cells("install", "rows", base_model=base, dataset_id=pairs, output_dir=output, **sizes)
@@ -218,9 +258,20 @@ def test_a_tokenizer_model_is_read_with_the_protobuf_of_colab(models, pairs_file
     required = (ROOT / "requirements.txt").read_text()
     ours = re.search(r"^sentencepiece.*", required, re.MULTILINE)[0]
     theirs = [pin(name) for name in ("protobuf", "googleapis-common-protos", "tiktoken", "regex")]
-    layer = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "layer"]
+    layer = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        tmp_path / "layer",
+    ]
     subprocess.run([*layer, ours, *theirs], check=True)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tmp_path / "layer", TESTS, ROOT)))}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (tmp_path / "layer", TESTS, ROOT)))
+    }
     command = [sys.executable, "-c", CELLS, base, pairs_file, tmp_path / "run"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

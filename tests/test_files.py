@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from notebook import CELLS, NOTEBOOK, PATH, ROOT, alone
+
+from rehearsal.notebook import CELLS, NOTEBOOK, PATH, ROOT, alone
 
 CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
 FOLDED = {cell.id for cell in CODE if cell.metadata.get("cellView") == "form"}
@@ -17,7 +18,11 @@ def test_sizes():
     """What keeps the notebook readable; `pytest -k sizes -s` prints it."""
     visible = {name: lines for name, lines in LINES.items() if name not in FOLDED}
     before = list(CELLS)[: list(CELLS).index("first-row")]
-    guards = [name for name, source in CELLS.items() if re.search(r"^if not (?:trained|merged)", source, re.M)]
+    guards = [
+        name
+        for name, source in CELLS.items()
+        if re.search(r"^if not (?:trained|merged)", source, re.M)
+    ]
     imports = [len(re.findall(r"^(?:from|import) ", source, re.M)) for source in CELLS.values()]
     table = {  # what is counted: (how many, at most)
         "code lines": (sum(LINES.values()), 1000),
@@ -32,7 +37,10 @@ def test_sizes():
         "visible lines before the first pair": (sum(visible.get(name, 0) for name in before), 120),
         "imports in one cell": (max(imports), 8),
     }
-    print("\n" + "\n".join(f"{name:36} {value:6} of {limit}" for name, (value, limit) in table.items()))
+    print(
+        "\n"
+        + "\n".join(f"{name:36} {value:6} of {limit}" for name, (value, limit) in table.items())
+    )
     assert {name: value for name, (value, limit) in table.items() if value > limit} == {}
 
 
@@ -46,7 +54,9 @@ def test_folded_cells_say_what_they_hide():
 def test_install_cell_has_the_pins_of_requirements():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     required = [line for line in lines if not line.startswith("#")]
-    assert {pin for pin in required if not pin.startswith("torch")} == set(alone("install")["PACKAGES"].split())
+    assert {pin for pin in required if not pin.startswith("torch")} == set(
+        alone("install")["PACKAGES"].split()
+    )
 
 
 def test_no_outputs_and_stable_ids():
@@ -58,7 +68,9 @@ def test_no_outputs_and_stable_ids():
 
 def test_parameters_cell():
     """Colab makes a form of it, and papermill finds it by its tag."""
-    assert [cell.id for cell in CODE if "parameters" in cell.metadata.get("tags", [])] == ["parameters"]
+    assert [cell.id for cell in CODE if "parameters" in cell.metadata.get("tags", [])] == [
+        "parameters"
+    ]
     lines = [line for line in CELLS["parameters"].splitlines() if not line.startswith("#")]
     form = r"\w+ = .+  # @param (\{type:\"\w+\"\}|\[.+\] \{allow-input:true\})"
     assert [line for line in lines if not re.fullmatch(form, line)] == []
@@ -73,7 +85,9 @@ def test_no_remote_code_no_pickles_no_magics():
     assert calls and all("trust_remote_code=False" in call for call in calls)
 
 
-@pytest.mark.parametrize("command", ["format --check", "check --select E,F,I,B,UP --ignore E501,F811"])
+@pytest.mark.parametrize(
+    "command", ["format --check", "check --select E,F,I,B,UP --ignore E501,F811"]
+)
 def test_ruff(command):
     folders = [PATH, *(ROOT / name for name in ("benchmarks", "recipes", "rehearsal", "tests"))]
     ruff = [sys.executable, "-m", "ruff", *command.split(), "--line-length", "120"]
@@ -81,6 +95,16 @@ def test_ruff(command):
 
 
 def test_no_file_names_a_folder_of_one_machine():
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    texts = [ROOT / name for name in listed if name.endswith((".ipynb", ".md", ".py", ".txt", ".yaml", ".sh"))]
-    assert not [path for path in texts if path.exists() and re.search(r"/(work|home|root)/\w", path.read_text())]
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    texts = [
+        ROOT / name
+        for name in listed
+        if name.endswith((".ipynb", ".md", ".py", ".txt", ".yaml", ".sh"))
+    ]
+    assert not [
+        path
+        for path in texts
+        if path.exists() and re.search(r"/(work|home|root)/\w", path.read_text())
+    ]

@@ -15,10 +15,11 @@ import standins
 import torch
 import yaml
 from conftest import some_pairs
-from notebook import CELLS, run_cells
 from safetensors.torch import load_file
 from trainers import SMALL
 from transformers import AutoTokenizer, GPT2Config, MistralConfig
+
+from rehearsal.notebook import CELLS, run_cells
 
 PAIRS = some_pairs(40)
 
@@ -36,7 +37,9 @@ def case(name, cell, says, text=None, ending="jsonl", model=(), **parameters):
 def edit(name, **changes):
     def change(folder):
         path = folder / name
-        path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes))
+        path.write_text(
+            json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes)
+        )
 
     return change
 
@@ -56,17 +59,33 @@ def add(**special):
     return change
 
 
-ADAPTER = edit("adapter_config.json", peft_type="LORA", base_model_name_or_path="some/model", target_modules=["q_proj"])
+ADAPTER = edit(
+    "adapter_config.json",
+    peft_type="LORA",
+    base_model_name_or_path="some/model",
+    target_modules=["q_proj"],
+)
 CASES = [
     case("file missing", "sources", "no.jsonl.*no path", dataset_id="no.jsonl"),
-    case("data not on the Hub", "sources", "some/pears.*dataset on the Hub", dataset_id="some/pears"),
+    case(
+        "data not on the Hub", "sources", "some/pears.*dataset on the Hub", dataset_id="some/pears"
+    ),
     case("no name at all", "sources", "orca pairs!.*dataset on the Hub", dataset_id="orca pairs!"),
-    case("model not on the Hub", "sources", "some/muddle.*model on the Hub", base_model="some/muddle"),
-    case("unknown revision", "sources", "some/model v9", base_model="some/model", base_revision="v9"),
+    case(
+        "model not on the Hub", "sources", "some/muddle.*model on the Hub", base_model="some/muddle"
+    ),
+    case(
+        "unknown revision", "sources", "some/model v9", base_model="some/model", base_revision="v9"
+    ),
     case("blank lines", "first-row", "pairs.jsonl is empty", "\n\n"),
     case("header only", "first-row", "pairs.csv is empty", "question,chosen,rejected\n", "csv"),
     case("unknown ending", "first-row", "jsonl.*parquet", "nope", "xlsx"),
-    case("malformed line", "first-row", "line 4 .*what", lines(*PAIRS[:3], '{"question": what', *PAIRS[3:])),
+    case(
+        "malformed line",
+        "first-row",
+        "line 4 .*what",
+        lines(*PAIRS[:3], '{"question": what', *PAIRS[3:]),
+    ),
     case("line that is a number", "first-row", "line 2 .*'7'", lines(PAIRS[0], "7")),
     case(
         "not in UTF-8",
@@ -82,7 +101,10 @@ CASES = [
     ),
     case("rows inside an object", "find-markup", "'data'", lines({"data": PAIRS}), "json"),
     case(
-        "few questions", "split", "All 40 pairs have the same question", lines(*({**p, "question": "a"} for p in PAIRS))
+        "few questions",
+        "split",
+        "All 40 pairs have the same question",
+        lines(*({**p, "question": "a"} for p in PAIRS)),
     ),
     case(
         "comparisons",
@@ -99,14 +121,41 @@ CASES = [
     case("rate of nan", None, "learning_rate", learning_rate=float("nan")),
     case("warm-up to the end", None, "warmup_steps.*max_steps", warmup_steps=4),
     case("beyond the model's length", "base", r"reads \d+ tokens.*max_length", max_length=99999),
-    case("quantised", "base", "quantised", model=[edit("config.json", quantization_config={"quant_method": "gptq"})]),
+    case(
+        "quantised",
+        "base",
+        "quantised",
+        model=[edit("config.json", quantization_config={"quant_method": "gptq"})],
+    ),
     case("adapter", "base", "adapter", model=[ADAPTER, remove("config.json")]),
-    case("code of its own", "base", None, model=[edit("config.json", model_type="o", auto_map={"AutoConfig": "o.C"})]),
-    case("GPT-2", "base", "no linear layers", model=[GPT2Config(n_embd=64, n_layer=2, n_head=4).save_pretrained]),
-    case("7B on a CPU", "base", "too large for a CPU", model=[MistralConfig(vocab_size=32002).save_pretrained]),
-    case("no chat template", "tokenizer", "no chat template", model=[remove("chat_template.jinja")]),
+    case(
+        "code of its own",
+        "base",
+        None,
+        model=[edit("config.json", model_type="o", auto_map={"AutoConfig": "o.C"})],
+    ),
+    case(
+        "GPT-2",
+        "base",
+        "no linear layers",
+        model=[GPT2Config(n_embd=64, n_layer=2, n_head=4).save_pretrained],
+    ),
+    case(
+        "7B on a CPU",
+        "base",
+        "too large for a CPU",
+        model=[MistralConfig(vocab_size=32002).save_pretrained],
+    ),
+    case(
+        "no chat template", "tokenizer", "no chat template", model=[remove("chat_template.jinja")]
+    ),
     case("pad", "check-rows", "no embedding", model=[add(pad_token="<pad>")]),
-    case("any token", "check-rows", "no embedding", model=[add(additional_special_tokens=["Licensor"])]),
+    case(
+        "any token",
+        "check-rows",
+        "no embedding",
+        model=[add(additional_special_tokens=["Licensor"])],
+    ),
     case("another run", "sources", "seed = 42.*output_dir", seed=1),
     case("Drive not mounted", "state", "drive.mount", output_dir="/content/drive/of-nobody"),
 ]
@@ -126,18 +175,24 @@ def pairs_in_the_working_folder(hub, tmp_path, monkeypatch):
     make_folder, is_mount = os.mkdir, Path.is_mount
 
     def mkdir(path, *args, **options):
-        assert not Path(path).is_relative_to("/content"), f"{path} is made though no Drive is mounted"
+        assert not Path(path).is_relative_to("/content"), (
+            f"{path} is made though no Drive is mounted"
+        )
         make_folder(path, *args, **options)
 
     monkeypatch.setattr("os.mkdir", mkdir)
-    monkeypatch.setattr(Path, "is_mount", lambda path: not path.is_relative_to("/content") and is_mount(path))
+    monkeypatch.setattr(
+        Path, "is_mount", lambda path: not path.is_relative_to("/content") and is_mount(path)
+    )
     monkeypatch.chdir(tmp_path)
     Path("good.jsonl").write_text(lines(*PAIRS))
 
 
 def what_is_left():
     record = json.loads(Path("run/run.json").read_text())
-    kept = {path: path.read_bytes() for path in Path("run").glob("*/*") if path.parent.name != "curves"}
+    kept = {
+        path: path.read_bytes() for path in Path("run").glob("*/*") if path.parent.name != "curves"
+    }
     return kept | {name: record.get(name) for name in ("trained", "history", "day")}
 
 
@@ -149,14 +204,21 @@ def seal_a_run():
         Path("run", name, "weights.safetensors").write_text("weights")
         nb["seal"](Path("run", name))
     nb["write_json"](
-        Path("run/run.json"), {"trained": 2, "history": [1], "day": "2026-01-01", "parameters": {"seed": 42}}
+        Path("run/run.json"),
+        {"trained": 2, "history": [1], "day": "2026-01-01", "parameters": {"seed": 42}},
     )
     return what_is_left()
 
 
 def stop(models, **changes):
     """The exception that stops the cells before the weights are loaded, and the cell that it comes from."""
-    parameters = {**SMALL, "base_model": models["qwen"], "dataset_id": "good.jsonl", "output_dir": "run", **changes}
+    parameters = {
+        **SMALL,
+        "base_model": models["qwen"],
+        "dataset_id": "good.jsonl",
+        "output_dir": "run",
+        **changes,
+    }
     with pytest.raises(Exception) as found:
         run_cells("install", list(CELLS)[list(CELLS).index("train") - 1], **parameters)
     frames = traceback.extract_tb(found.value.__traceback__)
@@ -202,7 +264,9 @@ NO_PARAMETERS = {  # a kind, and what cannot be meant
     bool: ["maybe", 2, None, ""],
     str: [1e5, True, ["a"]],
 }
-wired = pytest.mark.skipif("read_parameters" not in CELLS["machine"], reason="the notebook has no read_parameters")
+wired = pytest.mark.skipif(
+    "read_parameters" not in CELLS["machine"], reason="the notebook has no read_parameters"
+)
 
 
 def read_parameters():
@@ -233,10 +297,14 @@ def test_a_parameter_that_is_none_is_refused_in_a_sentence(kind):
 @wired
 def test_parameters_of_a_yaml_file():
     """YAML 1.1 reads text where the point is missing, and papermill passes it on."""
-    given = yaml.safe_load("{learning_rate: 5e-5, max_steps: '4', warmup_steps: 1.0, push_to_hub: 'false', beta: 1}")
+    given = yaml.safe_load(
+        "{learning_rate: 5e-5, max_steps: '4', warmup_steps: 1.0, push_to_hub: 'false', beta: 1}"
+    )
     nb = run_cells("install", "machine", **SMALL | given)
     read = {name: nb[name] for name in given}
-    assert read == dict(learning_rate=5e-5, max_steps=4, warmup_steps=1, push_to_hub=False, beta=1.0)
+    assert read == dict(
+        learning_rate=5e-5, max_steps=4, warmup_steps=1, push_to_hub=False, beta=1.0
+    )
     assert [type(value) for value in read.values()] == [float, int, int, bool, float]
 
 
@@ -250,7 +318,12 @@ def test_run_of_the_earlier_version(models):
 
 ROOM = {  # what is asked for it, what that says, the cell that stops, its sentence
     "disk": ("shutil.disk_usage", SimpleNamespace(free=1e5), "base", "needs .* GB and has .* GB"),
-    "memory": ("psutil.virtual_memory", SimpleNamespace(available=1e5), "split-of-a-step", "GB: lower max_length"),
+    "memory": (
+        "psutil.virtual_memory",
+        SimpleNamespace(available=1e5),
+        "split-of-a-step",
+        "GB: lower max_length",
+    ),
 }
 
 
@@ -294,12 +367,18 @@ def test_a_run_keeps_to_the_commits_that_it_began_with(hub, models):
         hub.add("some/set", "set", "dataset", oid=commit * 40)
 
     def commits(**changes):
-        nb = run_cells("install", "rows", **SMALL, base_model="some/moving", dataset_id="some/set", **changes)
-        return ("a" if "<|im_start|>" in nb["tokenizer"].chat_template else "b") + nb["raw"][40]["question"]
+        nb = run_cells(
+            "install", "rows", **SMALL, base_model="some/moving", dataset_id="some/set", **changes
+        )
+        return ("a" if "<|im_start|>" in nb["tokenizer"].chat_template else "b") + nb["raw"][40][
+            "question"
+        ]
 
     publish("a", "qwen")
     assert commits(output_dir="run") == "aa"
-    Path("run/run.json").write_text(json.dumps({**json.loads(Path("run/run.json").read_text()), "trained": 2}))
+    Path("run/run.json").write_text(
+        json.dumps({**json.loads(Path("run/run.json").read_text()), "trained": 2})
+    )
     publish("b", "llama3")
     assert commits(output_dir="run") == "aa" and commits(output_dir="new") == "bb"
     assert commits(output_dir="pinned", base_revision="a" * 40) == "ab"

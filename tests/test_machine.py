@@ -10,11 +10,11 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from accelerate import PartialState
-from notebook import run_cell, run_cells
 from trainers import SMALL
 from transformers import MistralConfig
 
 from rehearsal.hub import Hub
+from rehearsal.notebook import run_cell, run_cells
 
 
 @pytest.fixture
@@ -26,14 +26,18 @@ def installs(monkeypatch):
     def run(command, **options):
         commands.append(command)
         failed = command[2] in refused or command[0] in refused
-        return subprocess.CompletedProcess(command, int(failed), "", "Downloading\nERROR: no route to host\n")
+        return subprocess.CompletedProcess(
+            command, int(failed), "", "Downloading\nERROR: no route to host\n"
+        )
 
     monkeypatch.setattr("subprocess.run", run)
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     return SimpleNamespace(commands=commands, refused=refused)
 
 
-@pytest.mark.parametrize("place, uv", [("Colab", True), ("Colab", False), ("Kaggle", True), ("elsewhere", True)])
+@pytest.mark.parametrize(
+    "place, uv", [("Colab", True), ("Colab", False), ("Kaggle", True), ("elsewhere", True)]
+)
 def test_what_is_installed_where(monkeypatch, installs, place, uv):
     if place == "Colab":
         monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
@@ -48,7 +52,11 @@ def test_what_is_installed_where(monkeypatch, installs, place, uv):
     (command,) = installs.commands  # there is no torchao here that would have to go
     packages = {word.split(">=")[0] for word in command if ">=" in word}
     assert (command[:3] == ["uv", "pip", "install"]) == uv and sys.executable in command
-    assert {"transformers", "trl", "bitsandbytes"} <= packages and not {"torch", "torchvision", "numpy"} & packages
+    assert {"transformers", "trl", "bitsandbytes"} <= packages and not {
+        "torch",
+        "torchvision",
+        "numpy",
+    } & packages
 
 
 def test_torchao_goes_where_it_is(monkeypatch, installs):
@@ -62,7 +70,9 @@ def test_pip_does_what_uv_cannot(monkeypatch, installs):
     monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
     installs.refused.append("uv")
     run_cell("install", {})
-    assert [command[:4] for command in installs.commands][1:] == [[sys.executable, "-m", "pip", "install"]]
+    assert [command[:4] for command in installs.commands][1:] == [
+        [sys.executable, "-m", "pip", "install"]
+    ]
 
 
 @pytest.mark.parametrize("place", ["Colab", "Kaggle"])
@@ -73,12 +83,16 @@ def test_packages_that_cannot_be_had_end_in_one_sentence(monkeypatch, installs, 
     else:
         monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
     installs.refused.extend(["uv", "pip"])
-    with pytest.raises(RuntimeError, match="could not be installed. ERROR: no route to host") as failure:
+    with pytest.raises(
+        RuntimeError, match="could not be installed. ERROR: no route to host"
+    ) as failure:
         run_cell("install", {})
     assert ("Settings > Internet" in str(failure.value)) == (place == "Kaggle")
 
 
-def test_a_library_that_was_imported_before_it_was_replaced_ends_in_one_sentence(monkeypatch, installs):
+def test_a_library_that_was_imported_before_it_was_replaced_ends_in_one_sentence(
+    monkeypatch, installs
+):
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
     monkeypatch.setattr("datasets.__version__", "4.0.0")
     with pytest.raises(AssertionError, match="datasets.*restart"):
@@ -112,8 +126,12 @@ def test_precision_and_memory_of_gpus(monkeypatch, major, others, gpu_memory, dt
     assert not fast  # it makes a plan for every new length
 
 
-@pytest.mark.parametrize("visible, rank, used", [(None, None, "0"), ("2,3", None, "2"), ("2,3", "1", "2,3")])
-def test_a_bare_notebook_takes_one_gpu_and_a_launched_process_what_it_is_given(monkeypatch, visible, rank, used):
+@pytest.mark.parametrize(
+    "visible, rank, used", [(None, None, "0"), ("2,3", None, "2"), ("2,3", "1", "2,3")]
+)
+def test_a_bare_notebook_takes_one_gpu_and_a_launched_process_what_it_is_given(
+    monkeypatch, visible, rank, used
+):
     for name, value in {"CUDA_VISIBLE_DEVICES": visible, "LOCAL_RANK": rank}.items():
         monkeypatch.setenv(name, value or "")
         if value is None:
@@ -137,8 +155,12 @@ def test_free_memory_knows_its_container(tmp_path, file, limit):
     assert nb["free_memory"]() == (2e9 if limit == 3e9 else 8e9)
 
 
-def test_the_plan_on_a_cpu_is_of_the_least_free_memory_of_all_processes(models, pairs_file, tmp_path):
-    sources = dict(base_model=models["qwen"], dataset_id=pairs_file, output_dir=str(tmp_path / "run"))
+def test_the_plan_on_a_cpu_is_of_the_least_free_memory_of_all_processes(
+    models, pairs_file, tmp_path
+):
+    sources = dict(
+        base_model=models["qwen"], dataset_id=pairs_file, output_dir=str(tmp_path / "run")
+    )
     nb = run_cells("install", "memory", **{**SMALL, **sources})
 
     def split(mine, others=()):
@@ -156,7 +178,9 @@ def test_the_plan_on_a_cpu_is_of_the_least_free_memory_of_all_processes(models, 
 
 
 def test_a_model_that_was_trained_elsewhere_may_be_too_large_to_train_here(tmp_path):
-    MistralConfig(vocab_size=32002).save_pretrained(tmp_path / "base")  # the 7B shape; nothing else is there
+    MistralConfig(vocab_size=32002).save_pretrained(
+        tmp_path / "base"
+    )  # the 7B shape; nothing else is there
     sources = dict.fromkeys(("base_model", "dataset_id"), str(tmp_path / "base"))
     nb = run_cells("install", "sources", output_dir=str(tmp_path / "run"), **sources)
     run_cell("base", nb | {"trained": True})
@@ -189,7 +213,9 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_folder_is_passed_over(tmp_path, damage):
     nb = run_folder(tmp_path)
-    older, newer, merged, adapter = (write(nb, name) for name in ("checkpoint-2", "checkpoint-10", "merged", "adapter"))
+    older, newer, merged, adapter = (
+        write(nb, name) for name in ("checkpoint-2", "checkpoint-10", "merged", "adapter")
+    )
     (merged / "README.md").write_text("added later")
     (tmp_path / "checkpoint-old").mkdir()
     nb["write_record"](trained=4, merged=4, day="2026-01-01")
@@ -224,8 +250,14 @@ def test_a_folder_holds_one_run(tmp_path):
     (source / "data.txt").write_text("1")
 
     def run(**parameters):
-        same = dict(base_model=str(source), dataset_id=str(source / "data.txt"), output_dir=str(source / "run"))
-        return run_cells("install", "sources", **{**same, "max_steps": 4, "warmup_steps": 1, **parameters})
+        same = dict(
+            base_model=str(source),
+            dataset_id=str(source / "data.txt"),
+            output_dir=str(source / "run"),
+        )
+        return run_cells(
+            "install", "sources", **{**same, "max_steps": 4, "warmup_steps": 1, **parameters}
+        )
 
     run()
     write(run(beta=0.7), "checkpoint-2")  # nothing was trained before that
@@ -251,13 +283,23 @@ def accounts(tmp_path, monkeypatch, installs):
         monkeypatch.setattr(name, lambda *arguments, **options: None)
     with Hub(tmp_path / "hub", token="hf_canary") as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-        yield lambda nb=None: run_cell("accounts", nb) if nb else run_cells("install", "accounts", new_model="tuned")
+        yield (
+            lambda nb=None: (
+                run_cell("accounts", nb)
+                if nb
+                else run_cells("install", "accounts", new_model="tuned")
+            )
+        )
 
 
 NEW, OLD = ("HF_TOKEN", "WANDB_API_KEY"), ("huggingface", "wandb")  # the article's names
 REASONS = {  # why there is no secret: (where, what is said, how often it is asked)
     "SecretNotFoundError": ("Colab", "HF_TOKEN, WANDB_API_KEY.", 4),
-    "NotebookAccessError": ("Colab", "Not granted to this notebook: HF_TOKEN, huggingface, WANDB_API_KEY, wandb", 4),
+    "NotebookAccessError": (
+        "Colab",
+        "Not granted to this notebook: HF_TOKEN, huggingface, WANDB_API_KEY, wandb",
+        4,
+    ),
     "TimeoutException": ("Colab", "did not answer (TimeoutException)", 1),
     "BackendError": ("Kaggle", "HF_TOKEN, WANDB_API_KEY.", 4),
     "ConnectionError": ("Kaggle", "did not answer (ConnectionError)", 1),
@@ -302,7 +344,9 @@ def vault(monkeypatch):
 
 @pytest.mark.parametrize("names", [NEW, OLD])
 @pytest.mark.parametrize("problem", REASONS)
-def test_secrets_are_asked_for_until_they_are_found_and_never_printed(accounts, vault, capfd, problem, names):
+def test_secrets_are_asked_for_until_they_are_found_and_never_printed(
+    accounts, vault, capfd, problem, names
+):
     """What is missing is said in one line; a page that has not answered is asked no more, not by the Hub's library either."""
     place, said, times = REASONS[problem]
     secrets = vault(place, problem)
@@ -318,6 +362,8 @@ def test_secrets_are_asked_for_until_they_are_found_and_never_printed(accounts, 
     assert "canary" not in "".join(capfd.readouterr())
 
 
-def test_a_token_with_a_letter_that_no_token_has_does_not_stop_the_run(accounts, monkeypatch, capfd):
+def test_a_token_with_a_letter_that_no_token_has_does_not_stop_the_run(
+    accounts, monkeypatch, capfd
+):
     monkeypatch.setenv("HF_TOKEN", "hf_pasted\u200b")
     assert accounts()["hub_id"] is None and "hf_pasted" not in "".join(capfd.readouterr())

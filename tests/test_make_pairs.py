@@ -8,8 +8,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from notebook import ROOT, alone
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
+
+from rehearsal.notebook import ROOT, alone
 
 FOLDER = ROOT / "recipes" / "make_pairs"
 sys.path.insert(0, str(FOLDER))
@@ -18,7 +24,10 @@ import from_comparisons  # noqa: E402
 import make_pairs  # noqa: E402
 import rankings  # noqa: E402
 
-PROMPTS = [f"What is {subject}?" for subject in ("a lion", "a bee", "Mars", "tea", "rain", "chess", "a saw")]
+PROMPTS = [
+    f"What is {subject}?"
+    for subject in ("a lion", "a bee", "Mars", "tea", "rain", "chess", "a saw")
+]
 
 
 @pytest.fixture
@@ -29,8 +38,26 @@ def make(models, tmp_path, monkeypatch, capsys):
     rule.write_text("def score(prompt, answer):\n    return len(answer) % 7\n")
 
     def run(*options, output="pairs.jsonl", how=("--rule", rule)):
-        line = ["--model", models["qwen"], "--prompts", prompts, "--answers", 3, "--max-new-tokens", 8]
-        line += ["--batch-size", 2, "--temperature", 1, "--output", tmp_path / output, *how, *options]
+        line = [
+            "--model",
+            models["qwen"],
+            "--prompts",
+            prompts,
+            "--answers",
+            3,
+            "--max-new-tokens",
+            8,
+        ]
+        line += [
+            "--batch-size",
+            2,
+            "--temperature",
+            1,
+            "--output",
+            tmp_path / output,
+            *how,
+            *options,
+        ]
         monkeypatch.setattr(sys, "argv", ["make_pairs.py", *map(str, line)])
         make_pairs.main()
         pairs = [json.loads(line) for line in (tmp_path / output).open()]
@@ -45,7 +72,10 @@ def all_finished(monkeypatch):
     sample = make_pairs.sample_answers
 
     def finished(*places, **how):
-        return [[{**answer, "finished": True} for answer in answers] for answers in sample(*places, **how)]
+        return [
+            [{**answer, "finished": True} for answer in answers]
+            for answers in sample(*places, **how)
+        ]
 
     monkeypatch.setattr(make_pairs, "sample_answers", finished)
 
@@ -54,7 +84,12 @@ def test_the_best_and_the_worst_make_a_pair_that_the_notebook_reads(make, all_fi
     pairs, printed = make()
     assert 0 < len(pairs) <= len(PROMPTS) and f"{len(pairs)} pairs in" in printed
     for pair in pairs:
-        assert pair["chosen_score"] == len(pair["chosen"]) % 7 > pair["rejected_score"] == len(pair["rejected"]) % 7
+        assert (
+            pair["chosen_score"]
+            == len(pair["chosen"]) % 7
+            > pair["rejected_score"]
+            == len(pair["rejected"]) % 7
+        )
         turns, chosen, rejected = alone("read-pair")["read_pair"](pair)
         assert turns == pair["prompt"] and (chosen, rejected) == (pair["chosen"], pair["rejected"])
         assert turns[0]["content"] in PROMPTS
@@ -62,21 +97,27 @@ def test_the_best_and_the_worst_make_a_pair_that_the_notebook_reads(make, all_fi
 
 def test_prompts_without_a_pair_are_counted(make, all_finished):
     pairs, printed = make("--gap", 100)
-    assert not pairs and f"{len(PROMPTS)} the best is less than --gap better than the worst" in printed
+    assert (
+        not pairs and f"{len(PROMPTS)} the best is less than --gap better than the worst" in printed
+    )
 
 
 def test_a_run_that_was_cut_off_goes_on(make, all_finished, tmp_path):
     whole, _ = make(output="whole.jsonl")
     answers = (tmp_path / "whole.answers.jsonl").read_text()
     lines = answers.splitlines(keepends=True)
-    (tmp_path / "cut.answers.jsonl").write_text("".join(lines[:5]) + lines[5][:20])  # after two batches, in a line
+    (tmp_path / "cut.answers.jsonl").write_text(
+        "".join(lines[:5]) + lines[5][:20]
+    )  # after two batches, in a line
     assert make(output="cut.jsonl")[0] == whole
     assert (tmp_path / "cut.answers.jsonl").read_text() == answers
 
 
 def test_other_answers_than_before_are_not_mixed_in(make, all_finished):
     make()
-    with pytest.raises(SystemExit, match="pairs.answers.jsonl was made with another temperature: delete it"):
+    with pytest.raises(
+        SystemExit, match="pairs.answers.jsonl was made with another temperature: delete it"
+    ):
         make("--temperature", 0.5)
 
 
@@ -89,7 +130,9 @@ def test_another_rule_samples_nothing_again(make, all_finished, tmp_path, monkey
 
 
 def given(*tokens, cut_off=()):
-    return [{"text": "x" * n, "tokens": n, "finished": i not in cut_off} for i, n in enumerate(tokens)]
+    return [
+        {"text": "x" * n, "tokens": n, "finished": i not in cut_off} for i, n in enumerate(tokens)
+    ]
 
 
 def test_an_answer_that_was_cut_off_is_never_chosen():
@@ -111,12 +154,20 @@ def test_a_pair_is_as_far_apart_and_as_alike_in_length_as_asked():
 
 
 def test_prompts_are_read_from_text_messages_and_a_column(tmp_path):
-    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "What\u2028is tea?"}]
+    turns = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "What\u2028is tea?"},
+    ]
     answered = [*turns, {"role": "assistant", "content": "A drink."}]
     rows = [{"question": "What is tea?"}, {"question": answered}, {"question": turns}]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    )
     first = [{"role": "user", "content": "What is tea?"}]
-    assert make_pairs.read_prompts(str(tmp_path / "rows.jsonl"), "question") == [first, turns]  # none twice
+    assert make_pairs.read_prompts(str(tmp_path / "rows.jsonl"), "question") == [
+        first,
+        turns,
+    ]  # none twice
     assert make_pairs.read_prompts(str(tmp_path / "rows.jsonl"), "question", count=1) == [first]
 
 
@@ -126,7 +177,9 @@ def reward_models(models, tmp_path_factory):
     tokenizer, folders = AutoTokenizer.from_pretrained(models["qwen"]), {}
     for labels in (1, 2):
         torch.manual_seed(0)
-        shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+        shape = dict(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+        )
         config = LlamaConfig(vocab_size=len(tokenizer), num_labels=labels, pad_token_id=0, **shape)
         folders[labels] = tmp_path_factory.mktemp("reward")
         LlamaForSequenceClassification(config).save_pretrained(folders[labels])
@@ -142,12 +195,16 @@ def test_a_reward_model_ranks(make, all_finished, reward_models):
     for pair in pairs:
         for name in ("chosen", "rejected"):
             turns = [*pair["prompt"], {"role": "assistant", "content": pair[name]}]
-            ids = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), return_tensors="pt")
+            ids = tokenizer(
+                tokenizer.apply_chat_template(turns, tokenize=False), return_tensors="pt"
+            )
             assert model(**ids).logits.item() == pytest.approx(pair[f"{name}_score"], abs=1e-5)
         assert pair["chosen_score"] > pair["rejected_score"]
 
 
-def test_what_a_reward_model_said_is_not_asked_again(make, all_finished, reward_models, monkeypatch):
+def test_what_a_reward_model_said_is_not_asked_again(
+    make, all_finished, reward_models, monkeypatch
+):
     pairs, _ = make(how=("--reward-model", reward_models[1]))
     monkeypatch.delattr(rankings, "by_reward_model")
     assert make(how=("--reward-model", reward_models[1]))[0] == pairs
@@ -156,7 +213,9 @@ def test_what_a_reward_model_said_is_not_asked_again(make, all_finished, reward_
 
 
 def test_a_classifier_is_no_reward_model(make, all_finished, reward_models):
-    with pytest.raises(AssertionError, match="gives 2 numbers for an answer: choose a reward model"):
+    with pytest.raises(
+        AssertionError, match="gives 2 numbers for an answer: choose a reward model"
+    ):
         make(how=("--reward-model", reward_models[2]))
 
 
@@ -172,7 +231,13 @@ def judge(monkeypatch):
             first, second = text.partition("[Answer A]\n")[2].split("\n\n[Answer B]\n")
             message = {"role": "assistant", "content": server.reply(first, second)}
             choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            answer = {"id": "1", "created": 1, "model": asked["model"], "choices": [choice], "system_fingerprint": ""}
+            answer = {
+                "id": "1",
+                "created": 1,
+                "model": asked["model"],
+                "choices": [choice],
+                "system_fingerprint": "",
+            }
             answer["usage"] = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
@@ -195,7 +260,9 @@ def judge(monkeypatch):
 def test_a_judge_ranks(make, all_finished, judge, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_a_secret")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    judge.reply = lambda first, second: "A is short. So: " + ("A" if len(first) > len(second) else "B")
+    judge.reply = lambda first, second: (
+        "A is short. So: " + ("A" if len(first) > len(second) else "B")
+    )
     pairs, _ = make(how=("--judge", judge.address, "--judge-model", "stub"))
     assert pairs and all(len(pair["chosen"]) > len(pair["rejected"]) for pair in pairs)
     assert judge.keys == {"Bearer none"}  # the token of another service is not sent
@@ -210,7 +277,11 @@ def test_a_judge_that_favours_a_place_ranks_nothing(make, all_finished, judge):
 @pytest.mark.parametrize(
     ("rule", "kept", "broken"),
     [
-        ("two_sentences", "Tea is a drink. It is hot.", ["Tea.", "A. B. C.", "A.\nB.", "Tea is a drink. It is"]),
+        (
+            "two_sentences",
+            "Tea is a drink. It is hot.",
+            ["Tea.", "A. B. C.", "A.\nB.", "Tea is a drink. It is"],
+        ),
         ("example", "Drinks, such as tea.", ["Drinks.", "Such tea as this."]),
     ],
 )
@@ -229,9 +300,24 @@ def turn(content):
 
 COMPARISONS = {
     "HelpSteer3": [
-        {"context": QUESTION, "response1": ANSWERS[0], "response2": ANSWERS[1], "overall_preference": -2},
-        {"context": QUESTION, "response1": ANSWERS[1], "response2": ANSWERS[0], "overall_preference": 1},
-        {"context": QUESTION, "response1": ANSWERS[0], "response2": ANSWERS[1], "overall_preference": 0},
+        {
+            "context": QUESTION,
+            "response1": ANSWERS[0],
+            "response2": ANSWERS[1],
+            "overall_preference": -2,
+        },
+        {
+            "context": QUESTION,
+            "response1": ANSWERS[1],
+            "response2": ANSWERS[0],
+            "overall_preference": 1,
+        },
+        {
+            "context": QUESTION,
+            "response1": ANSWERS[0],
+            "response2": ANSWERS[1],
+            "overall_preference": 0,
+        },
     ],
     "PKU-SafeRLHF": [
         {
@@ -251,13 +337,32 @@ COMPARISONS = {
                 for text, grade in zip(ANSWERS, (4.5, 1.25, 3.0), strict=True)
             ],
         },
-        {"instruction": "What is tea?", "completions": [{"response": "A.", "fine-grained_score": 1.0}]},
+        {
+            "instruction": "What is tea?",
+            "completions": [{"response": "A.", "fine-grained_score": 1.0}],
+        },
     ],
     "arena": [
-        {"conversation_a": turn(ANSWERS[0]), "conversation_b": turn(ANSWERS[1]), "winner": "model_a"},
-        {"conversation_a": turn(ANSWERS[1]), "conversation_b": turn(ANSWERS[0]), "winner": "model_b"},
-        {"conversation_a": turn(ANSWERS[1]), "conversation_b": turn(ANSWERS[0]), "winner": "tie (bothbad)"},
-        {"conversation_a": turn("x") + turn("y"), "conversation_b": turn("z") + turn("y"), "winner": "model_a"},
+        {
+            "conversation_a": turn(ANSWERS[0]),
+            "conversation_b": turn(ANSWERS[1]),
+            "winner": "model_a",
+        },
+        {
+            "conversation_a": turn(ANSWERS[1]),
+            "conversation_b": turn(ANSWERS[0]),
+            "winner": "model_b",
+        },
+        {
+            "conversation_a": turn(ANSWERS[1]),
+            "conversation_b": turn(ANSWERS[0]),
+            "winner": "tie (bothbad)",
+        },
+        {
+            "conversation_a": turn("x") + turn("y"),
+            "conversation_b": turn("z") + turn("y"),
+            "winner": "model_a",
+        },
     ],
 }
 
@@ -279,8 +384,15 @@ def compare(tmp_path, monkeypatch, capsys):
 def test_comparisons_become_pairs(name, compare):
     pairs, printed = compare(COMPARISONS[name])
     assert {(pair["chosen"], pair["rejected"]) for pair in pairs} == {ANSWERS[:2]}
-    assert all(pair["prompt"] == QUESTION and pair["chosen_score"] > pair["rejected_score"] for pair in pairs)
-    ties = {"HelpSteer3": "1 a tie", "arena": "1 a tie", "UltraFeedback": "1 fewer than two answers"}
+    assert all(
+        pair["prompt"] == QUESTION and pair["chosen_score"] > pair["rejected_score"]
+        for pair in pairs
+    )
+    ties = {
+        "HelpSteer3": "1 a tie",
+        "arena": "1 a tie",
+        "UltraFeedback": "1 fewer than two answers",
+    }
     assert ties.get(name, "") in printed
     assert name != "arena" or "1 the conversations differ before their last answer" in printed
 
@@ -292,6 +404,7 @@ def test_the_safer_answer_on_request(compare):
 
 def test_other_sets_are_refused_by_their_columns(compare):
     with pytest.raises(
-        SystemExit, match="The columns of .*rows.jsonl are text; read are sets with one of overall_pref"
+        SystemExit,
+        match="The columns of .*rows.jsonl are text; read are sets with one of overall_pref",
     ):
         compare([{"text": "x"}])

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from notebook import ROOT, alone, run_cell, run_cells
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from trainers import SMALL, perturb
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rehearsal.notebook import ROOT, alone, run_cell, run_cells
 
 ROOMY, TIGHT = 1e12, 0  # bytes of free memory, enough for a merge in memory and not
 
@@ -22,7 +23,9 @@ def make_adapter(base, folder):
     """An adapter that is not at its start, as the notebook trains it: float32, on all linear layers."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16)
     torch.manual_seed(0)
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=7, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=7, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     perturb(model)
     model.save_pretrained(folder)
 
@@ -43,7 +46,9 @@ def merge(pairs_file, tmp_path):
         make_adapter(base, nb["adapter_dir"])
         nb["free_memory"] = lambda: free
         nb["merged_dir"].mkdir()
-        (nb["merged_dir"] / "model-00007-of-00008.safetensors").write_text("of a merge that was cut")
+        (nb["merged_dir"] / "model-00007-of-00008.safetensors").write_text(
+            "of a merge that was cut"
+        )
         original = [path.read_bytes() for path in Path(base).glob("*.safetensors")]
         run_cell("merge-in-shards", nb)
         run_cell("merge", nb)
@@ -55,49 +60,77 @@ def merge(pairs_file, tmp_path):
 
 
 def tensors(folder):
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return {
+        name: tensor
+        for path in folder.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
 
 
 def weights(folder):
-    return {name: (tensor.dtype, tensor.numpy().tobytes()) for name, tensor in tensors(folder).items()}
+    return {
+        name: (tensor.dtype, tensor.numpy().tobytes()) for name, tensor in tensors(folder).items()
+    }
 
 
-@pytest.mark.parametrize("family", ["qwen", "chatml", "tied, in bf16 and shards", "with an index besides"])
+@pytest.mark.parametrize(
+    "family", ["qwen", "chatml", "tied, in bf16 and shards", "with an index besides"]
+)
 def test_bit_equal_to_the_merge_in_memory(models, base, merge, family):
     base = Path(models.get(family, base))
     if family == "tied, in bf16 and shards":
         config = transformers.AutoConfig.from_pretrained(base, tie_word_embeddings=True)
         (base / "model.safetensors").unlink()
-        AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(base, max_shard_size="50KB")
+        AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(
+            base, max_shard_size="50KB"
+        )
         assert len(list(base.glob("*.safetensors"))) > 3
     elif family not in models:  # transformers takes the single file
         index = dict.fromkeys(tensors(base), "model-00001-of-00001.safetensors")
         (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     whole, shards = merge(base, ROOMY, "whole"), merge(base, TIGHT, "shards")
     assert weights(whole) == weights(shards)
-    before, after = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float16).state_dict() for f in (base, shards))
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(f, dtype=torch.float16).state_dict()
+        for f in (base, shards)
+    )
     assert sum(not torch.equal(weight, after[name]) for name, weight in before.items()) == 14
     for path in set(whole.glob("*.json")) - {whole / "whole.json"}:
-        assert json.loads(path.read_text()) == json.loads((shards / path.name).read_text()), path.name
+        assert json.loads(path.read_text()) == json.loads((shards / path.name).read_text()), (
+            path.name
+        )
 
 
 def test_many_shards_have_an_index_and_integers_stay_integers(base, tmp_path):
-    counts, adapter, merged = torch.tensor([1, 123_456_789]), tmp_path / "adapter", tmp_path / "merged"
+    counts, adapter, merged = (
+        torch.tensor([1, 123_456_789]),
+        tmp_path / "adapter",
+        tmp_path / "merged",
+    )
     save_file({**tensors(base), "model.counts": counts}, base / "model.safetensors")
     make_adapter(base, adapter)
     transformers.AutoConfig.from_pretrained(base).save_pretrained(merged)
     alone("merge-in-shards")["merge_in_shards"](base, adapter, merged, shard_size="50KB")
-    assert len(list(merged.glob("*.safetensors"))) > 3 and torch.equal(tensors(merged)["model.counts"], counts)
+    assert len(list(merged.glob("*.safetensors"))) > 3 and torch.equal(
+        tensors(merged)["model.counts"], counts
+    )
     found = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float16).state_dict()
     expected = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16)
     expected = PeftModel.from_pretrained(expected, adapter).merge_and_unload().state_dict()
-    assert all(torch.equal(found.pop(name), weight) for name, weight in expected.items()) and not found
+    assert (
+        all(torch.equal(found.pop(name), weight) for name, weight in expected.items()) and not found
+    )
 
 
-@pytest.mark.parametrize("kind, says", [("no safetensors", "safetensors"), ("other names", "more memory")])
+@pytest.mark.parametrize(
+    "kind, says", [("no safetensors", "safetensors"), ("other names", "more memory")]
+)
 def test_a_base_that_cannot_be_merged_in_shards_ends_in_one_sentence(base, merge, kind, says):
     if kind == "other names":
-        save_file({f"transformer.{name}": tensor for name, tensor in tensors(base).items()}, base / "model.safetensors")
+        save_file(
+            {f"transformer.{name}": tensor for name, tensor in tensors(base).items()},
+            base / "model.safetensors",
+        )
     else:
         torch.save(tensors(base), base / "pytorch_model.bin")
         (base / "model.safetensors").unlink()
@@ -117,7 +150,7 @@ def test_a_base_with_float32_parts_is_merged_in_memory(models, merge, monkeypatc
 UNDER_A_LIMIT = """
 import resource, sys, torch
 from pathlib import Path
-from notebook import alone
+from rehearsal.notebook import alone
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from transformers.models.mistral import modeling_mistral
@@ -134,20 +167,30 @@ print("in memory")
 
 def test_peak_memory_under_a_hard_limit(tmp_path):
     """A model of 190 MB in shards of 20 MB, in a process that gets 130 MB more than its libraries took."""
-    size = dict(hidden_size=768, intermediate_size=2304, num_hidden_layers=12, num_attention_heads=12)
+    size = dict(
+        hidden_size=768, intermediate_size=2304, num_hidden_layers=12, num_attention_heads=12
+    )
     config = transformers.MistralConfig(vocab_size=2000, num_key_value_heads=12, **size)
     base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(base, max_shard_size="20MB")
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(
+        base, max_shard_size="20MB"
+    )
     make_adapter(base, adapter)
     merged.mkdir()
     command = [sys.executable, "-c", UNDER_A_LIMIT, base, adapter, merged]
     done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True)
-    assert done.stdout.split("\n") == ["in shards", ""], done.stderr[-2000:]  # the limit is one: in memory it is passed
-    before, after = (sum(path.stat().st_size for path in x.glob("*.safetensors")) for x in (base, merged))
+    assert done.stdout.split("\n") == ["in shards", ""], done.stderr[
+        -2000:
+    ]  # the limit is one: in memory it is passed
+    before, after = (
+        sum(path.stat().st_size for path in x.glob("*.safetensors")) for x in (base, merged)
+    )
     assert before > 180e6 and abs(after - before) < 1e6
 
 
-@pytest.mark.parametrize("free, settings", [(TIGHT, None), (ROOMY, {"eos_token_id": [0, 5], "temperature": 0.3})])
+@pytest.mark.parametrize(
+    "free, settings", [(TIGHT, None), (ROOMY, {"eos_token_id": [0, 5], "temperature": 0.3})]
+)
 def test_what_is_saved_with_the_weights(base, merge, free, settings):
     """It stops where the base stops and at the end of a turn."""
     (base / "generation_config.json").unlink()

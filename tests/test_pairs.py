@@ -17,8 +17,9 @@ from conftest import FAMILIES, some_pairs
 from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from notebook import CELLS, alone, run_cell, run_cells
 from test_chat import read
+
+from rehearsal.notebook import CELLS, alone, run_cell, run_cells
 
 QUESTION, TEXTS = "What is a bee?\nOne line.", {"chosen": "An insect.", "rejected": " A bird."}
 PLAIN, YZ = {"prompt": QUESTION, **TEXTS}, {"chosen": "Y", "rejected": "Z"}
@@ -45,10 +46,16 @@ TALK = f"\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: {QUESTION}\n\nAssistant:"
 SHAREGPT = dict(role_key="from", content_key="value")
 HUMAN, GPT = message("human", QUESTION, **SHAREGPT), dict(role="gpt", **SHAREGPT)
 PARTS = [{"type": "text", "text": "What is a bee?\n"}, {"type": "text", "text": "One line."}]
-TOOL = {"role": "assistant", "content": "Let me look.", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+TOOL = {
+    "role": "assistant",
+    "content": "Let me look.",
+    "tool_calls": [{"function": {"name": "look", "arguments": {}}}],
+}
 LLAMA3 = "<|start_header_id|>{}<|end_header_id|>\n\n{}<|eot_id|>".format
 ALPACA = "Below is an instruction that describes a task. Write a response.\n\n### Instruction:\n"
-VICUNA = "A chat between a curious user and an assistant. The assistant gives polite answers. USER: "
+VICUNA = (
+    "A chat between a curious user and an assistant. The assistant gives polite answers. USER: "
+)
 
 
 def ended(prompt, end, begin=""):
@@ -63,10 +70,16 @@ LAYOUTS = {  # the turns that a row is read into, and the row
     "system": (SYSTEM + USER, {"system": "Be brief.", "question": QUESTION, **TEXTS}),
     "system_prompt": (SYSTEM + USER, {"system_prompt": "Be brief.", **PLAIN}),
     "input": (SYSTEM + USER, {"system": "Be brief.", "input": QUESTION, **TEXTS}),
-    "instruction": ([message("user", "Say.\n\nYes")], {"instruction": "Say.", "input": "Yes", **TEXTS}),
+    "instruction": (
+        [message("user", "Say.\n\nYes")],
+        {"instruction": "Say.", "input": "Yes", **TEXTS},
+    ),
     "null input": (USER, {"instruction": QUESTION, "input": None, **TEXTS}),
     "blank input": (USER, {"instruction": QUESTION, "input": " \n", **TEXTS}),
-    "first names": (USER, {"question": QUESTION, "chatgpt": "An insect.", "llama2-13b-chat": "A bird."}),
+    "first names": (
+        USER,
+        {"question": QUESTION, "chatgpt": "An insect.", "llama2-13b-chat": "A bird."},
+    ),
     "one text in a list": (USER, {name: [text] for name, text in PLAIN.items()}),
     "lists": (SYSTEM + USER, {"prompt": SYSTEM + USER, **lists()}),
     "lists, prompt as text": (USER, {"prompt": QUESTION, **lists()}),
@@ -78,7 +91,10 @@ LAYOUTS = {  # the turns that a row is read into, and the row
     "lists, last turn repeated": (EARLIER, {"prompt": EARLIER, **lists(*USER)}),
     "lists, system turn apart": (SYSTEM + USER, {"prompt": SYSTEM, **lists(*USER)}),
     "lists, system repeated": (SYSTEM + USER, {"system": "Be brief.", **lists(*SYSTEM, *USER)}),
-    "one message": (USER, {"prompt": USER[0], **{name: answer for name, (answer,) in lists().items()}}),
+    "one message": (
+        USER,
+        {"prompt": USER[0], **{name: answer for name, (answer,) in lists().items()}},
+    ),
     "ShareGPT": (USER, lists(HUMAN, **GPT)),
     "conversations": (USER, {"conversations": [HUMAN], **lists(**GPT)}),
     "capital roles": (USER, lists(message("Human", QUESTION), role="Assistant")),
@@ -88,43 +104,82 @@ LAYOUTS = {  # the turns that a row is read into, and the row
     "Python": (EARLIER, as_text(repr, {"prompt": EARLIER, **lists()})),
     "ChatML": (SYSTEM + USER, {"prompt": CHATML + "<|im_start|>assistant\n", **ENDED}),
     "ChatML, not asked": (SYSTEM + USER, {"prompt": CHATML, **ENDED}),
-    "ChatML, whole": (SYSTEM + USER, {key: f"{CHATML}<|im_start|>assistant\n{text}" for key, text in ENDED.items()}),
+    "ChatML, whole": (
+        SYSTEM + USER,
+        {key: f"{CHATML}<|im_start|>assistant\n{text}" for key, text in ENDED.items()},
+    ),
     "transcript": (EARLIER, {key: f"{TALK} {text}" for key, text in TEXTS.items()}),
-    "transcript, name in a line": ([message("user", "Say\nHuman: Hi")], {"prompt": "Human: Say\nHuman: Hi", **TEXTS}),
+    "transcript, name in a line": (
+        [message("user", "Say\nHuman: Hi")],
+        {"prompt": "Human: Say\nHuman: Hi", **TEXTS},
+    ),
     "transcript, prompt": (EARLIER, {"prompt": TALK, **TEXTS}),
     "transcript, a turn a line": (EARLIER, {"prompt": TALK.replace("\n\n", "\n"), **TEXTS}),
     "transcript, User": (USER, {"prompt": f"User: {QUESTION}\nAssistant:", **TEXTS}),
     "Llama 2": (USER, ended(f"<s>[INST] {QUESTION} [/INST]", " </s>")),
-    "Llama 2, system": (SYSTEM + USER, ended(f"[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n{QUESTION} [/INST]", "</s>")),
-    "Llama 2, turns": (EARLIER, ended(f"<s>[INST] Hi. [/INST] Hello. </s><s>[INST] {QUESTION} [/INST]", "</s>")),
-    "Llama 2, whole": (USER, {key: f"<s>[INST] {QUESTION} [/INST] {text} </s>" for key, text in TEXTS.items()}),
-    "Llama 2, repeated": (USER, ended(f"[INST] {QUESTION} [/INST]", "</s>", f"[INST] {QUESTION} [/INST] ")),
+    "Llama 2, system": (
+        SYSTEM + USER,
+        ended(f"[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n{QUESTION} [/INST]", "</s>"),
+    ),
+    "Llama 2, turns": (
+        EARLIER,
+        ended(f"<s>[INST] Hi. [/INST] Hello. </s><s>[INST] {QUESTION} [/INST]", "</s>"),
+    ),
+    "Llama 2, whole": (
+        USER,
+        {key: f"<s>[INST] {QUESTION} [/INST] {text} </s>" for key, text in TEXTS.items()},
+    ),
+    "Llama 2, repeated": (
+        USER,
+        ended(f"[INST] {QUESTION} [/INST]", "</s>", f"[INST] {QUESTION} [/INST] "),
+    ),
     "Llama 3": (
         SYSTEM + USER,
-        ended("<|begin_of_text|>" + LLAMA3("system", "Be brief.") + LLAMA3("user", QUESTION), "<|eot_id|>"),
+        ended(
+            "<|begin_of_text|>" + LLAMA3("system", "Be brief.") + LLAMA3("user", QUESTION),
+            "<|eot_id|>",
+        ),
     ),
-    "Zephyr": (SYSTEM + USER, ended(f"<|system|>\nBe brief.</s>\n<|user|>\n{QUESTION}</s>\n<|assistant|>\n", "</s>")),
+    "Zephyr": (
+        SYSTEM + USER,
+        ended(f"<|system|>\nBe brief.</s>\n<|user|>\n{QUESTION}</s>\n<|assistant|>\n", "</s>"),
+    ),
     "Zephyr, answers": (
         USER,
         ended(f"<|user|>\n{QUESTION}</s>\n", "</s>", "<|assistant|>\n"),
     ),  # alignment-handbook 116
-    "Phi-3": (USER, ended(f"<|user|>\n{QUESTION}<|end|>\n<|assistant|>\n", "<|end|>\n<|endoftext|>")),
+    "Phi-3": (
+        USER,
+        ended(f"<|user|>\n{QUESTION}<|end|>\n<|assistant|>\n", "<|end|>\n<|endoftext|>"),
+    ),
     "Gemma": (
         USER,
-        ended(f"<bos><start_of_turn>user\n{QUESTION}<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>\n"),
+        ended(
+            f"<bos><start_of_turn>user\n{QUESTION}<end_of_turn>\n<start_of_turn>model\n",
+            "<end_of_turn>\n",
+        ),
     ),
     "Alpaca": (USER, ended(f"{ALPACA}{QUESTION}\n\n### Response:\n", "</s>")),
     "Alpaca, input": (
         [message("user", "Say.\n\nYes")],
         ended("### Instruction:\nSay.\n\n### Input:\nYes\n\n### Response:\n", ""),
     ),
-    "Alpaca, Human": (EARLIER, ended(f"### Human: Hi.### Assistant: Hello.### Human: {QUESTION}### Assistant:", "")),
-    "Vicuna": (EARLIER, ended(f"{VICUNA}Hi. ASSISTANT: Hello.</s>USER: {QUESTION} ASSISTANT:", "</s>")),
+    "Alpaca, Human": (
+        EARLIER,
+        ended(f"### Human: Hi.### Assistant: Hello.### Human: {QUESTION}### Assistant:", ""),
+    ),
+    "Vicuna": (
+        EARLIER,
+        ended(f"{VICUNA}Hi. ASSISTANT: Hello.</s>USER: {QUESTION} ASSISTANT:", "</s>"),
+    ),
     "another model's end": (USER, ended(QUESTION, " </s>")),
     "capital columns": (USER, {name.title(): text for name, text in PLAIN.items()}),
     "spaces around columns": (USER, {f" {name} ": text for name, text in PLAIN.items()}),
     "empty and full column": (USER, {"question": None, "Prompt": QUESTION, **TEXTS}),
-    "chosen_response": (USER, {"instruction": QUESTION, **{f"{name}_response": text for name, text in TEXTS.items()}}),
+    "chosen_response": (
+        USER,
+        {"instruction": QUESTION, **{f"{name}_response": text for name, text in TEXTS.items()}},
+    ),
     "an array, as pandas writes it": (
         EARLIER,
         as_text(lambda value: repr(value).replace("}, {", "}\n {"), lists(*EARLIER)),
@@ -143,19 +198,59 @@ UNREADABLE = {  # the layout of the rows around it, the row, and a word of the r
     "a null in a list": ("lists", {"prompt": [None], **lists()}, "message"),
     "no role": ("lists", {"prompt": [{"content": "Hi"}], **lists()}, "role"),
     "no content": ("lists", {"prompt": [{"role": "user"}], **lists()}, "text"),
-    "an image": ("lists", {"prompt": [message("user", [{"type": "image"}, *PARTS])], **lists()}, "text"),
-    "a part of null": ("lists", {"prompt": [message("user", [{"type": "text", "text": None}])], **lists()}, ""),
-    "a part that is a text": ("lists", {"prompt": [message("user", ["a text"])], **lists()}, "text"),
+    "an image": (
+        "lists",
+        {"prompt": [message("user", [{"type": "image"}, *PARTS])], **lists()},
+        "text",
+    ),
+    "a part of null": (
+        "lists",
+        {"prompt": [message("user", [{"type": "text", "text": None}])], **lists()},
+        "",
+    ),
+    "a part that is a text": (
+        "lists",
+        {"prompt": [message("user", ["a text"])], **lists()},
+        "text",
+    ),
     "answer of the user": ("lists", {"prompt": USER, **lists(), "rejected": USER}, "user"),
-    "answer is a tool call": ("lists", {"prompt": USER, **lists(), "chosen": [TOOL]}, "more than text"),
+    "answer is a tool call": (
+        "lists",
+        {"prompt": USER, **lists(), "chosen": [TOOL]},
+        "more than text",
+    ),
     "two conversations": ("lists", {**lists(*USER), "chosen": lists(*EARLIER)["chosen"]}, "two"),
-    "JSON cut off": ("JSON", {**PLAIN, "chosen": '[{"role": "user"'}, "JSON list that cannot be read"),
-    "Python cut off": ("Python", {**PLAIN, "chosen": "[{'role': 'user'"}, "Python list that cannot be read"),
-    "deeply nested": ("JSON", {**PLAIN, "chosen": '[{"role": ' + "[" * 9999}, "JSON list that cannot be read"),
-    "a list in a list": ("lists", {"prompt": USER, **lists(), "chosen": [lists()["chosen"]]}, "without a role"),
+    "JSON cut off": (
+        "JSON",
+        {**PLAIN, "chosen": '[{"role": "user"'},
+        "JSON list that cannot be read",
+    ),
+    "Python cut off": (
+        "Python",
+        {**PLAIN, "chosen": "[{'role': 'user'"},
+        "Python list that cannot be read",
+    ),
+    "deeply nested": (
+        "JSON",
+        {**PLAIN, "chosen": '[{"role": ' + "[" * 9999},
+        "JSON list that cannot be read",
+    ),
+    "a list in a list": (
+        "lists",
+        {"prompt": USER, **lists(), "chosen": [lists()["chosen"]]},
+        "without a role",
+    ),
     "ChatML after a text": ("ChatML", {"prompt": "So: " + CHATML, **YZ}, "control tokens"),
-    "the person has the last word": ("transcript", {name: f"{TALK} a\n\nHuman: b" for name in YZ}, "user"),
-    "text before the transcript": ("transcript", {"chosen": "So." + TALK, "rejected": TALK + " Z"}, "two"),
+    "the person has the last word": (
+        "transcript",
+        {name: f"{TALK} a\n\nHuman: b" for name in YZ},
+        "user",
+    ),
+    "text before the transcript": (
+        "transcript",
+        {"chosen": "So." + TALK, "rejected": TALK + " Z"},
+        "two",
+    ),
 }
 
 
@@ -176,7 +271,10 @@ def test_one_bad_row_costs_one_row(name, models):
     _, good = LAYOUTS[layout]
     nb = read(models["qwen"], good, row, good)
     reason, duplicate = sorted(nb["dropped"], key="a duplicate".__eq__)
-    assert len(nb["pairs"]) == nb["dropped"][reason] == nb["dropped"][duplicate] == 1 and word in reason
+    assert (
+        len(nb["pairs"]) == nb["dropped"][reason] == nb["dropped"][duplicate] == 1
+        and word in reason
+    )
 
 
 def test_what_is_dropped_is_counted(models):
@@ -191,7 +289,10 @@ def test_what_is_dropped_is_counted(models):
     ]
     nb = read(models["qwen"], *good, *odd)
     last_words = {reason.split()[-1]: count for reason, count in nb["dropped"].items()}
-    assert last_words == {"duplicate": 1, "same": 1, "answer": 1, "text": 2, "tokens": 1} and len(nb["pairs"]) == 10
+    assert (
+        last_words == {"duplicate": 1, "same": 1, "answer": 1, "text": 2, "tokens": 1}
+        and len(nb["pairs"]) == 10
+    )
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
@@ -207,8 +308,14 @@ def test_a_row_cannot_choose_its_own_layout(place):
 
 def repeating(count):
     """Pairs of which so many have answers that begin with the question."""
-    rows = [{"prompt": f"Why {i}?", "chosen": f"Why {i}? Yes.", "rejected": f"Why {i}?\nNo."} for i in range(count)]
-    return rows + [{"prompt": f"Why {i}?", "chosen": "Why not? Yes.", "rejected": f"Why {i}? No."} for i in range(4)]
+    rows = [
+        {"prompt": f"Why {i}?", "chosen": f"Why {i}? Yes.", "rejected": f"Why {i}?\nNo."}
+        for i in range(count)
+    ]
+    return rows + [
+        {"prompt": f"Why {i}?", "chosen": "Why not? Yes.", "rejected": f"Why {i}? No."}
+        for i in range(4)
+    ]
 
 
 def test_answers_that_repeat_the_prompt_are_cut(capsys):
@@ -239,23 +346,40 @@ def test_swapped_scores_are_counted(kind, capsys):
     nb = find_markup(*rows)
     printed = capsys.readouterr().out
     assert f"Warning: {swapped} rows" in printed if swapped else "Warning" not in printed
-    assert (names[0] in printed) == (kind == "lengths"), "a score is read, and is no column that is not used"
+    assert (names[0] in printed) == (kind == "lengths"), (
+        "a score is read, and is no column that is not used"
+    )
     if kind == "numbers":
         assert nb["swapped_scores"](Dataset.from_list(rows)) == swapped
 
 
 COMPARISONS = {  # rows that hold no pairs, and words of the sentence
-    "HelpSteer3": ({"context": USER, "response1": "a", "response2": "b", "overall_preference": -2}, "response1, resp"),
+    "HelpSteer3": (
+        {"context": USER, "response1": "a", "response2": "b", "overall_preference": -2},
+        "response1, resp",
+    ),
     "SafeRLHF": (
         {"prompt": "a", "response_0": "a", "response_1": "b", "better_response_id": 0},
         "response_0, response",
     ),
-    "SHP": ({"history": "a", "human_ref_A": "a", "human_ref_B": "b", "labels": 1}, "human_ref_A, human_ref_B"),
-    "arena": ({"conversation_a": USER, "conversation_b": USER, "winner": "a"}, "conversation_a, conversation_b"),
-    "UltraFeedback": ({"instruction": "a", "completions": [{"response": "a"}, {"response": "b"}]}, "completions"),
+    "SHP": (
+        {"history": "a", "human_ref_A": "a", "human_ref_B": "b", "labels": 1},
+        "human_ref_A, human_ref_B",
+    ),
+    "arena": (
+        {"conversation_a": USER, "conversation_b": USER, "winner": "a"},
+        "conversation_a, conversation_b",
+    ),
+    "UltraFeedback": (
+        {"instruction": "a", "completions": [{"response": "a"}, {"response": "b"}]},
+        "completions",
+    ),
     "LLaMA-Factory": ({"instruction": "a", "input": "", "output": ["a", "b"]}, "compare .output"),
     "one answer": ({"prompt": "a", "completion": "b", "label": True}, "one answer each"),
-    "names": ({"ask": "a", "good": "b", "bad": "c"}, r"\['ask', 'good', 'bad'\].*columns\[\"chosen\"\]"),
+    "names": (
+        {"ask": "a", "good": "b", "bad": "c"},
+        r"\['ask', 'good', 'bad'\].*columns\[\"chosen\"\]",
+    ),
     "one column": ({"prompt": "a", "Chosen": "b"}, "the rejected answer"),
     "empty column": ({**PLAIN, "rejected": None}, "the rejected answer"),
 }
@@ -273,10 +397,17 @@ def test_what_holds_no_pairs_is_refused_in_a_sentence(kind):
 
 def test_columns_with_other_names(models, monkeypatch):
     """As a reader names them, in the cell that says where."""
-    reader = 'columns["prompt"], columns["chosen"], columns["rejected"] = ["Ask"], ["good"], ["bad"]'
+    reader = (
+        'columns["prompt"], columns["chosen"], columns["rejected"] = ["Ask"], ["good"], ["bad"]'
+    )
     line = "columns = dict(COLUMNS)\n"
-    monkeypatch.setitem(CELLS, "find-markup", CELLS["find-markup"].replace(line, line + reader + "\n"))
-    rows = [{"ask": f"{i}?", "good": "Yes.", "bad": "No.", "prompt": "x", "chosen": "y"} for i in range(3)]
+    monkeypatch.setitem(
+        CELLS, "find-markup", CELLS["find-markup"].replace(line, line + reader + "\n")
+    )
+    rows = [
+        {"ask": f"{i}?", "good": "Yes.", "bad": "No.", "prompt": "x", "chosen": "y"}
+        for i in range(3)
+    ]
     nb = read(models["qwen"], *rows)
     assert len(nb["rows"]) == 3 and nb["unused"] == ["chosen", "prompt"]
     assert nb["tokenizer"].decode(nb["rows"][2]["prompt_ids"]).count("2?") == 1
@@ -286,7 +417,9 @@ def test_columns_with_other_names(models, monkeypatch):
 def test_pairs_of_one_question_are_known_by_their_turns(models):
     """Whatever the system turn before them: only then are they kept on one side."""
     rows = [
-        {"system": system, "question": "Why?", **answers} for system in ("", "Be brief.") for answers in (TEXTS, YZ)
+        {"system": system, "question": "Why?", **answers}
+        for system in ("", "Be brief.")
+        for answers in (TEXTS, YZ)
     ]
     first, *others = read(models["qwen"], *rows, PLAIN)["questions"]
     assert others[:3] == [first] * 3 and others[3] != first
@@ -326,7 +459,9 @@ def load(source):
 def test_file(name, tmp_path):
     *_, ending = name.lower().removesuffix(".gz").rpartition(".")
     content = written(ROWS, "jsonl" if name == "lines.json" else ending)
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith("gz") else content)
+    (tmp_path / name).write_bytes(
+        gzip.compress(content) if name.lower().endswith("gz") else content
+    )
     assert load(tmp_path / name) == ROWS
 
 
@@ -350,12 +485,18 @@ def test_file_of_another_make(name, tmp_path, monkeypatch):
 
 
 BROKEN_FILES = {  # bytes, and words of the sentence
-    "utf16.jsonl": ('{"prompt": "é"}'.encode("utf-16"), "utf16.jsonl is not UTF-8 .* save it again in UTF-8"),
+    "utf16.jsonl": (
+        '{"prompt": "é"}'.encode("utf-16"),
+        "utf16.jsonl is not UTF-8 .* save it again in UTF-8",
+    ),
     "latin.csv": ("prompt\né\n".encode("latin-1"), "latin.csv is not UTF-8"),
     "cut.jsonl.gz": (gzip.compress(written(ROWS, "jsonl"))[:-20], "no whole .gz"),
     "none.jsonl.gz": (b"{}", "no whole .gz"),
     "fields.csv": (b'prompt,chosen\n"a","b","c"\n"a","b","c","d"\n', "no table.*line"),
-    "lfs.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "line 1 .*git-lfs"),
+    "lfs.jsonl": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
+        "line 1 .*git-lfs",
+    ),
     "page.json": (b"<!DOCTYPE html>\n<html>", "page.json, line 1 .*DOCTYPE"),
     "later.jsonl": (b'{"a": 1}\n{"a": 2}\n[1]\n', r"later.jsonl, line 3 .*\[1\]"),
     "pairs.txt": (b"{}", "pairs.txt has to end in .jsonl"),
@@ -371,16 +512,24 @@ def test_broken_file(name, tmp_path):
 
 
 def test_an_object_that_holds_no_columns_is_a_row(tmp_path):
-    for i, row in enumerate([{"data": ROWS}, {"prompt": ["a"], "chosen": ["b"]}, PLAIN, lists(*EARLIER), {}]):
+    for i, row in enumerate(
+        [{"data": ROWS}, {"prompt": ["a"], "chosen": ["b"]}, PLAIN, lists(*EARLIER), {}]
+    ):
         (tmp_path / f"{i}.json").write_text(json.dumps(row))
         assert load(tmp_path / f"{i}.json") == [row]
 
 
 def test_broken_unicode_in_the_first_row(models, tmp_path, capsys):
     """Is shown escaped, dropped and counted; long values are cut where they are shown."""
-    rows = [{**PLAIN, "chosen": "Ab\ud83d"}, {**PLAIN, "rejected": "\udc00"}, {**PLAIN, "prompt": "x" * 1000}]
+    rows = [
+        {**PLAIN, "chosen": "Ab\ud83d"},
+        {**PLAIN, "rejected": "\udc00"},
+        {**PLAIN, "prompt": "x" * 1000},
+    ]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    nb = dict(base_model=models["qwen"], base_revision=None, max_length=3000, run={"day": "2026-01-02"})
+    nb = dict(
+        base_model=models["qwen"], base_revision=None, max_length=3000, run={"day": "2026-01-02"}
+    )
     nb |= dict(dataset_id=str(tmp_path / "pairs.jsonl"), dataset_revision=None, os=os, date=date)
     nb["processes"] = SimpleNamespace(main_process_first=nullcontext)
     run_cells("load-pairs", "rows", nb)
@@ -396,7 +545,13 @@ def test_broken_unicode_in_the_first_row(models, tmp_path, capsys):
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
 def test_distilabel_filter(ending, models, tmp_path):
     judged = {"status": "unchanged", "chosen_score": 9.0, "in_gsm8k_train": False}
-    changes = [{}, {"status": "tie"}, {"chosen_score": 7.5}, {"chosen_score": None}, {"in_gsm8k_train": True}]
+    changes = [
+        {},
+        {"status": "tie"},
+        {"chosen_score": 7.5},
+        {"chosen_score": None},
+        {"in_gsm8k_train": True},
+    ]
     changes += [{"status": "swapped", "chosen_score": 8.0}]
     rows = [{"input": str(i), **YZ, **judged, **change} for i, change in enumerate(changes)]
     (tmp_path / f"pairs.{ending}").write_bytes(written(rows, ending))
@@ -445,8 +600,19 @@ QUESTIONS = [i % 20 if i < 60 else i for i in range(100)]
 def split_and_order(**changes):
     """100 pairs, 60 of them over 20 questions, split and put in order: the namespace."""
     sizes = np.random.default_rng(0).integers(10, 99, 100)
-    nb = {"questions": QUESTIONS, "rows": QUESTIONS, "once": sizes, "longest": sizes, "share_prompt": True}
-    nb |= {"processes": SimpleNamespace(num_processes=1), "seed": 0, "eval_pairs": 20, "pairs_per_step": 8}
+    nb = {
+        "questions": QUESTIONS,
+        "rows": QUESTIONS,
+        "once": sizes,
+        "longest": sizes,
+        "share_prompt": True,
+    }
+    nb |= {
+        "processes": SimpleNamespace(num_processes=1),
+        "seed": 0,
+        "eval_pairs": 20,
+        "pairs_per_step": 8,
+    }
     nb = run_cell("split-by-question", nb | {"max_steps": 4} | changes)
     return run_cell("order", run_cell("split", nb))
 
@@ -454,13 +620,20 @@ def split_and_order(**changes):
 @pytest.mark.parametrize("eval_pairs", range(10, 20))
 def test_split_keeps_a_question_on_one_side(eval_pairs):
     nb = split_and_order(eval_pairs=eval_pairs)
-    assert len(nb["held_out"]) == eval_pairs and sorted(nb["train"] + nb["held_out"]) == list(range(100))
+    assert len(nb["held_out"]) == eval_pairs and sorted(nb["train"] + nb["held_out"]) == list(
+        range(100)
+    )
     assert not {QUESTIONS[i] for i in nb["train"]} & {QUESTIONS[i] for i in nb["held_out"]}
     assert split_and_order(eval_pairs=eval_pairs, seed=1)["held_out"] != nb["held_out"]
 
 
 TOO_FEW = {  # the question of each pair, how many to hold out, of what they are to be a multiple, words
-    "one question": ([7] * 24, 4, 1, "All 24 pairs have the same question.*add pairs with other questions"),
+    "one question": (
+        [7] * 24,
+        4,
+        1,
+        "All 24 pairs have the same question.*add pairs with other questions",
+    ),
     "two questions": ([7] * 12 + [8] * 9, 8, 1, "share 2 questions.*eval_pairs to 9 or more"),
     "all held out": (range(40), 40, 1, "40 pairs .*lower eval_pairs"),
     "one for each process": (range(40), 3, 4, "Only 3 .* 4 processes.*raise eval_pairs"),
@@ -474,13 +647,19 @@ def test_what_to_do_about_too_few_questions(kind):
     split_by_question = alone("split-by-question")["split_by_question"]
     with pytest.raises(ValueError, match=words):
         split_by_question(questions, held_out_pairs, 42, multiple_of)
-    remedy = {"one question": ([7] * 24 + [8], 4), "two questions": (questions, 9), "all held out": (range(40), 39)}
+    remedy = {
+        "one question": ([7] * 24 + [8], 4),
+        "two questions": (questions, 9),
+        "all held out": (range(40), 39),
+    }
     assert all(split_by_question(*remedy.get(kind, (questions, 4)), 42, multiple_of))
 
 
 def test_the_draw_stays_as_it_was():
     """A run that is gone on with holds out the same pairs."""
-    train, held_out = alone("split-by-question")["split_by_question"]([1, 2, 1, 3, 4, 5, 2, 6], 5, 42, 2)
+    train, held_out = alone("split-by-question")["split_by_question"](
+        [1, 2, 1, 3, 4, 5, 2, 6], 5, 42, 2
+    )
     assert (train, held_out) == ([0, 2, 7], [4, 1, 6, 3])
 
 
@@ -492,15 +671,23 @@ def test_a_longer_run_begins_as_a_shorter_one():
 
 MARKS = ["<|im_start|>", "<|im_end|>", "system\n", "[INST]", "[/INST]", "<s>", "</s>", "<|eot_id|>"]
 SOME = st.text(min_size=1, max_size=12)
-ANY = SOME | st.lists(SOME | st.sampled_from([*MARKS, "\n", " ", "\0", "Human:", '[{"']), max_size=4).map("".join)
-TURN = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": ANY})
+ANY = SOME | st.lists(
+    SOME | st.sampled_from([*MARKS, "\n", " ", "\0", "Human:", '[{"']), max_size=4
+).map("".join)
+TURN = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant"]), "content": ANY}
+)
 TURNS, ANSWERS = st.lists(TURN, max_size=3), {"chosen": ANY, "rejected": ANY}
 NFC = partial(unicodedata.normalize, "NFC")  # as some tokenizers do
 ANY_ROW = {
     None: st.fixed_dictionaries({"system": ANY, "question": ANY, **ANSWERS}),
     "ChatML": st.fixed_dictionaries({"prompt": ANY.map("<|im_start|>user\n{}".format), **ANSWERS}),
-    "transcript": st.fixed_dictionaries({"prompt": ANY.map("Human: {}\n\nAssistant:".format), **ANSWERS}),
-    "JSON list": st.fixed_dictionaries({"prompt": ANY | TURNS, "chosen": ANY | TURNS, "rejected": ANY | TURNS}),
+    "transcript": st.fixed_dictionaries(
+        {"prompt": ANY.map("Human: {}\n\nAssistant:".format), **ANSWERS}
+    ),
+    "JSON list": st.fixed_dictionaries(
+        {"prompt": ANY | TURNS, "chosen": ANY | TURNS, "rejected": ANY | TURNS}
+    ),
 }
 
 
@@ -515,7 +702,13 @@ def test_any_text(family, models):
         asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
         return [id for id in asked if id in special]
 
-    @settings(max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=150,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(data=st.data(), markup=st.sampled_from([*ANY_ROW]))
     def check(data, markup):
         try:
@@ -530,7 +723,9 @@ def test_any_text(family, models):
         for name, text in zip(TEXTS, answers, strict=True):
             *answer, end = ids[f"{name}_ids"]
             assert end == tokenizer.eos_token_id and not special & set(answer)
-            assert len(ids["prompt_ids"]) + len(answer) < 256 and NFC(tokenizer.decode(answer).strip()) == NFC(text)
+            assert len(ids["prompt_ids"]) + len(answer) < 256 and NFC(
+                tokenizer.decode(answer).strip()
+            ) == NFC(text)
 
     check()
     assert len(kept) >= 20

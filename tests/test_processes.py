@@ -18,13 +18,13 @@ import pytest
 import torch
 import yaml
 from forked import read
-from notebook import ROOT, run_cell, run_cells
 from safetensors.torch import load_file
 from test_recipes import command
 from trainers import SMALL
 from transformers import LlamaConfig
 
 from rehearsal.hub import Hub
+from rehearsal.notebook import ROOT, run_cell, run_cells
 
 PARAMETERS = {**SMALL, "eval_pairs": 12, "pairs_per_step": 12, "max_steps": 6}
 # float32 sums in another order; the largest differences seen are 3e-7 in losses, margins and adapter.
@@ -65,7 +65,10 @@ def place(models, pairs_file, tmp_path_factory):
 @pytest.fixture(scope="module")
 def start(place):
     """start(name, launcher) launches a script, made by the recipe's commands, and returns the process and its log."""
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(place)}
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(place),
+    }
     environment["ACCELERATE_USE_CPU"] = "true"
 
     def start(name, launcher, **changes):
@@ -75,10 +78,14 @@ def start(place):
         for line in (prepare, command("more_gpus", "jupyter nbconvert")):
             if not (place / f"{name}.py").exists():
                 line = line.replace("run.ipynb", f"{name}.ipynb")
-                subprocess.run(line, shell=True, cwd=place, env=environment, check=True, capture_output=True)
+                subprocess.run(
+                    line, shell=True, cwd=place, env=environment, check=True, capture_output=True
+                )
         words = [*launcher.split(), f"{name}.py"]
         with log.open("w") as output:
-            return subprocess.Popen(words, cwd=place, env=environment, stdout=output, stderr=subprocess.STDOUT), log
+            return subprocess.Popen(
+                words, cwd=place, env=environment, stdout=output, stderr=subprocess.STDOUT
+            ), log
 
     with Hub(place / "hub") as start.hub:
         environment |= start.hub.environment(place / "cache")
@@ -99,7 +106,14 @@ def wait_for_a_checkpoint(folder, process, log):
 def outcome(folder):
     """What a run came to: its numbers that do not depend on the split of a step, and its adapter."""
     run = json.loads((folder / "run.json").read_text())
-    names = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "eval_loss", "eval_rewards/margins")
+    names = (
+        "loss",
+        "grad_norm",
+        "rewards/margins",
+        "rewards/accuracies",
+        "eval_loss",
+        "eval_rewards/margins",
+    )
     history = [[entry.get(name) for name in names] for entry in run["history"]]
     return history, run["logps"], load_file(folder / "adapter" / "adapter_model.safetensors")
 
@@ -126,21 +140,33 @@ def one(start, place):
 def test_a_run_that_lost_a_process_goes_on_as_a_slurm_job(start, place, one, tmp_path):
     """The launcher ends with an error, no hang; two machines on one, as srun has them, end the run as on one process."""
     # What `accelerate launch` finds out by itself where there are GPUs.
-    process, log = start("several", "accelerate launch --multi_gpu --num_processes 3 --main_process_port 0")
+    process, log = start(
+        "several", "accelerate launch --multi_gpu --num_processes 3 --main_process_port 0"
+    )
     wait_for_a_checkpoint(place / "several", process, log)
-    workers = [child for child in psutil.Process(process.pid).children() if "several.py" in child.cmdline()]
+    workers = [
+        child for child in psutil.Process(process.pid).children() if "several.py" in child.cmdline()
+    ]
     assert len(workers) == 3
     workers[1].send_signal(signal.SIGKILL)
     assert process.wait(timeout=60) != 0 and "Trained to step" not in read(log)
     assert read(log).count("a new run") == 1
 
-    (tmp_path / "srun").write_text('#!/bin/bash\nSLURM_PROCID=1 "$@" & other=$!\nSLURM_PROCID=0 "$@" && wait $other\n')
+    (tmp_path / "srun").write_text(
+        '#!/bin/bash\nSLURM_PROCID=1 "$@" & other=$!\nSLURM_PROCID=0 "$@" && wait $other\n'
+    )
     (tmp_path / "scontrol").write_text("#!/bin/bash\necho localhost\necho elsewhere\n")
     for stand_in in tmp_path.iterdir():
         stand_in.chmod(0o755)
     job = (ROOT / "recipes/more_gpus/job.sh").read_text()
-    asked = re.findall(r"^#SBATCH (--\S+)", job.removeprefix("#!/bin/bash\n").partition("\nexport")[0], re.MULTILINE)
-    assert {"--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=8"} <= {*asked}  # Slurm tells of them in variables
+    asked = re.findall(
+        r"^#SBATCH (--\S+)",
+        job.removeprefix("#!/bin/bash\n").partition("\nexport")[0],
+        re.MULTILINE,
+    )
+    assert {"--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=8"} <= {
+        *asked
+    }  # Slurm tells of them in variables
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     nodes = f"env SLURM_NNODES=2 SLURM_GPUS_PER_NODE=1 SLURM_JOB_NODELIST=n[1-2] PORT={random.randrange(20000, 60000)}"
     said = finish(*start("several", f"{nodes} PATH={path} bash recipes/more_gpus/job.sh"))
@@ -154,9 +180,14 @@ def test_a_run_that_lost_a_process_goes_on_as_a_slurm_job(start, place, one, tmp
     ):
         assert len(re.findall(f"^.*{once}", said, re.MULTILINE)) == 1, once  # by the first alone
     uploads = [path for method, path in start.hub.requests if method == "PUT"]
-    assert len(uploads) == len(set(uploads)) and len([path for _, path in start.hub.requests if "create" in path]) == 2
+    assert (
+        len(uploads) == len(set(uploads))
+        and len([path for _, path in start.hub.requests if "create" in path]) == 2
+    )
     pushed, merged = start.hub.folder("rehearsal/several"), place / "several" / "merged"
-    assert (pushed / "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
+    assert (pushed / "model.safetensors").read_bytes() == (
+        merged / "model.safetensors"
+    ).read_bytes()
 
 
 def test_fsdp_as_on_one_process(start, place, one):
@@ -188,12 +219,14 @@ def test_the_skypilot_job(tmp_path):
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "skypilot>=0.14.1,<0.15"], check=True)
-    source = (
-        "import sky; task = sky.Task.from_yaml('job.yaml'); print(task.name, *[r.accelerators for r in task.resources])"
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "skypilot>=0.14.1,<0.15"], check=True
     )
+    source = "import sky; task = sky.Task.from_yaml('job.yaml'); print(task.name, *[r.accelerators for r in task.resources])"
     environment = os.environ | {"HOME": str(tmp_path)}
-    printed = subprocess.check_output([python, "-c", source], cwd=tmp_path, env=environment, text=True)
+    printed = subprocess.check_output(
+        [python, "-c", source], cwd=tmp_path, env=environment, text=True
+    )
     assert printed.splitlines()[-1] == "dpo-finetune {'H100': 8}"
 
 
@@ -205,16 +238,28 @@ MEMORY = {"16": 15.8e9, "24": 23.7e9, "48": 47.7e9, "80": 85.0e9}  # as torch re
 
 def test_the_table_is_the_plan(tmp_path):
     readme, planned = (ROOT / "recipes/more_gpus/README.md").read_text(), []
-    given = dict(base_model=str(tmp_path), base_revision="", lora_rank=16, max_length=1536, pairs_per_step=16)
-    given |= dict(torch=torch, shutil=shutil, folder=tmp_path, trained=False, merged=True, on_gpu=True)
+    given = dict(
+        base_model=str(tmp_path), base_revision="", lora_rank=16, max_length=1536, pairs_per_step=16
+    )
+    given |= dict(
+        torch=torch, shutil=shutil, folder=tmp_path, trained=False, merged=True, on_gpu=True
+    )
     given |= dict(load_in_4bit=True, share_prompt=True, gather_object=list)
     given |= dict(order=range(64), once=np.full(64, 2 * 1536 - 21), longest=np.full(64, 1536))
-    for model, gpus, memory, engine in re.findall(r"^\| (\d+B) \| (\d) × (\d+) GB \| (\w+) ", readme, re.MULTILINE):
+    for model, gpus, memory, engine in re.findall(
+        r"^\| (\d+B) \| (\d) × (\d+) GB \| (\w+) ", readme, re.MULTILINE
+    ):
         LlamaConfig(**dict(zip(SHAPE, SHAPES[model], strict=True))).save_pretrained(tmp_path)
-        nb = given | dict(processes=types.SimpleNamespace(num_processes=int(gpus)), sharded=engine == "FSDP")
+        nb = given | dict(
+            processes=types.SimpleNamespace(num_processes=int(gpus)), sharded=engine == "FSDP"
+        )
         nb |= dict(memory=MEMORY[memory], dtype=torch.float16 if memory == "16" else torch.bfloat16)
         for cell in ("base", "memory", "split-of-a-step"):
             run_cell(cell, nb)
         split = f"{nb['at_once']} × {nb['each'] // nb['at_once']} × {gpus} | {nb['again']:.0f}"
-        planned.append(f"| {model} | {gpus} × {memory} GB | {engine} | {split} | {max(nb['needs']) / 1e9:.1f} GB |")
-    assert [line for line in readme.splitlines() if " × " in line and line.startswith("|")][1:] == planned
+        planned.append(
+            f"| {model} | {gpus} × {memory} GB | {engine} | {split} | {max(nb['needs']) / 1e9:.1f} GB |"
+        )
+    assert [line for line in readme.splitlines() if " × " in line and line.startswith("|")][
+        1:
+    ] == planned

@@ -18,12 +18,16 @@ def test_a_real_model_learns_speaks_and_is_pushed(tmp_path):
     assert losses[0] == pytest.approx(0.6931, abs=1e-3) and losses[-1] < losses[0] - 0.05
     scores = record["scores"]
     assert scores["trained"]["reward accuracy"] > 0.8 and scores["merged"]["reward margin"] > 0
-    assert all(len(record[when]) == 3 and all(record[when].values()) for when in ("before", "after"))
+    assert all(
+        len(record[when]) == 3 and all(record[when].values()) for when in ("before", "after")
+    )
 
     executed = json.loads((tmp_path / "output" / "dpo_finetune.ipynb").read_text())
     shown = {cell["id"]: str(cell.get("outputs")) for cell in executed["cells"]}
     assert "A turn ends in <|im_end|>. A system turn stays." in shown["ends"]
-    assert shown["check-rows"].count("<|im_end|>") == 4  # of a system turn, a user turn, and two answers
+    assert (
+        shown["check-rows"].count("<|im_end|>") == 4
+    )  # of a system turn, a user turn, and two answers
 
     pushed = hub.folder(f"{hub.user}/{TUNED}")
     assert (pushed / "model.safetensors").stat().st_size > 200e6  # 135 million weights in FP16

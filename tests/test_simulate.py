@@ -6,15 +6,21 @@ import re
 
 import pytest
 import torch
-from notebook import NOTEBOOK, ROOT, alone
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MistralConfig
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from benchmarks import simulate
+from rehearsal.notebook import NOTEBOOK, ROOT, alone
 
 HALF, BRAIN = torch.float16, torch.bfloat16
-SMALL = dict(hidden_size=64, intermediate_size=160, num_attention_heads=4, num_key_value_heads=1, vocab_size=32)
+SMALL = dict(
+    hidden_size=64,
+    intermediate_size=160,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    vocab_size=32,
+)
 
 
 class RealMachine(simulate.Machine):
@@ -22,9 +28,16 @@ class RealMachine(simulate.Machine):
 
     def stand_ins(self, dtype):
         plain = super().stand_ins(dtype)
-        told = {name: plain[name] for name in ("torch.is_autocast_enabled", "trl.trainer.utils._use_triton")}
+        told = {
+            name: plain[name]
+            for name in ("torch.is_autocast_enabled", "trl.trainer.utils._use_triton")
+        }
         # The same as TRL's own, which is in place and passes PyTorch's counter unseen.
-        return told | {"trl.kernels.chunked_logprob._addmm_fp32": lambda out, a, b: out.add_(a.float() @ b.float())}
+        return told | {
+            "trl.kernels.chunked_logprob._addmm_fp32": lambda out, a, b: out.add_(
+                a.float() @ b.float()
+            )
+        }
 
 
 @pytest.mark.parametrize("checkpointed", [None, 2])
@@ -42,7 +55,9 @@ def test_a_real_step_and_an_imagined_one(share, checkpointed, monkeypatch):
     real = simulate.simulate(*step)
     # The counter does not know attention's kernel on a CPU: two products forward and five backward, half of each masked.
     attention = 4 * 2 * 50**2 * 64 * (3 * (1 + 2.5 + 1) + (checkpointed or 0))
-    assert imagined.counts["products"] == counter.get_total_flops() + attention > simulate.least(pairs)
+    assert (
+        imagined.counts["products"] == counter.get_total_flops() + attention > simulate.least(pairs)
+    )
     assert real.counts["products"] == counter.get_total_flops()
     assert imagined.peak == pytest.approx(real.peak, rel=0.01)
 
@@ -56,11 +71,16 @@ def test_the_arithmetic_of_memory(dtype, checkpointed):
         simulate.simulate(batches, 4, dtype, lambda *size: asked.append(size) or checkpointed).peak
         for batches in ([], [batch])
     )
-    config, kind = MistralConfig(**simulate.SHAPE | dict(num_hidden_layers=4)), dict(grouped=dtype != HALF)
+    config, kind = (
+        MistralConfig(**simulate.SHAPE | dict(num_hidden_layers=4)),
+        dict(grouped=dtype != HALF),
+    )
     predicted = alone("memory")["step_memory"](config, *asked[0], checkpointed, **kind)
     # With all layers checkpointed it forgets that one matrix is there in 16 bits: of a whole run a fiftieth.
     matrix = 2 * config.hidden_size * config.intermediate_size
-    assert alive - weights <= predicted + matrix * (checkpointed == 4) and predicted <= 1.12 * (alive - weights)
+    assert alive - weights <= predicted + matrix * (checkpointed == 4) and predicted <= 1.12 * (
+        alive - weights
+    )
 
 
 def test_what_trls_head_keeps_on_a_cpu():
@@ -68,7 +88,9 @@ def test_what_trls_head_keeps_on_a_cpu():
     tokens, words = 512, 1000
     hidden, head = torch.randn(tokens, 8, requires_grad=True), torch.randn(words, 8)
     with simulate.Machine() as machine:
-        scored = ChunkedLogProbFunction.apply(hidden, head, None, torch.zeros(tokens).long(), 1.0, words, None, 1.0, ())
+        scored = ChunkedLogProbFunction.apply(
+            hidden, head, None, torch.zeros(tokens).long(), 1.0, words, None, 1.0, ()
+        )
         scored[0].sum().backward()
     assert machine.peak == pytest.approx(8 * 4 * tokens * words, rel=0.15)
 
@@ -85,7 +107,10 @@ def plans():
     for card, (_, dtype) in simulate.CARDS.items():
         nb = simulate.plan_for(card)
         layers = f"{nb['again']:.1f}" if nb["again"] else "0"
-        memory, split = f"{max(nb['needs']) / 1e9:.1f}", f"{nb['at_once']} × {nb['pairs_per_step'] // nb['at_once']}"
+        memory, split = (
+            f"{max(nb['needs']) / 1e9:.1f}",
+            f"{nb['at_once']} × {nb['pairs_per_step'] // nb['at_once']}",
+        )
         yield card, "fp16" if dtype == HALF else "bf16", split, layers, memory
 
 
@@ -110,10 +135,24 @@ def test_what_was_simulated():
         assert card["layers_checkpointed"] == pytest.approx(float(layers), abs=0.05), name
         assert card["simulated_gb"] <= card["predicted_gb"] <= 1.12 * card["simulated_gb"], name
         assert 1 <= card["operations_over_bound"] <= 1.05, name
-        assert card["operations_over_bound"] < card["with_dequantising_over_bound"] <= with_dequantising[name], name
-    ours = {name.removeprefix("this notebook, "): way for name, way in ways.items() if name.startswith("this notebook")}
-    assert [*ours] == [*cards] and {*ways} > {"recipe of 2024", "stock TRL", "stock TRL without checkpointing"}
+        assert (
+            card["operations_over_bound"]
+            < card["with_dequantising_over_bound"]
+            <= with_dequantising[name]
+        ), name
+    ours = {
+        name.removeprefix("this notebook, "): way
+        for name, way in ways.items()
+        if name.startswith("this notebook")
+    }
+    assert [*ours] == [*cards] and {*ways} > {
+        "recipe of 2024",
+        "stock TRL",
+        "stock TRL without checkpointing",
+    }
     for name, way in ours.items():
         assert way["operations_over_bound"] == cards[name]["operations_over_bound"]
-    recipe, stock, kept = (way["operations_over_bound"] for name, way in ways.items() if "notebook" not in name)
+    recipe, stock, kept = (
+        way["operations_over_bound"] for name, way in ways.items() if "notebook" not in name
+    )
     assert recipe == stock > kept > 2

@@ -22,16 +22,23 @@ import pytest
 import torch
 import wandb
 from forked import finish, read
-from notebook import CELLS, run_cell, run_cells
 from trainers import SMALL
 from transformers import TrainerCallback
 
 from rehearsal.hub import Failure, Handler, Hub
+from rehearsal.notebook import CELLS, run_cell, run_cells
 
 STEPS = 8  # a checkpoint after each
-TOKEN, KEY = "hf_CanaryThatMustNotSing", "c0ffee" + "7" * 34  # of the Hub and of W&B; neither may show anywhere
+TOKEN, KEY = (
+    "hf_CanaryThatMustNotSing",
+    "c0ffee" + "7" * 34,
+)  # of the Hub and of W&B; neither may show anywhere
 # Where a run stands, by the last of these that its output holds.
-STAGES = {"training": "Starting from the base model", "merge": "Trained to step", "push": "reward accuracy"}
+STAGES = {
+    "training": "Starting from the base model",
+    "merge": "Trained to step",
+    "push": "reward accuracy",
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +49,10 @@ def hub(models, pairs_file, tmp_path_factory):
     with Hub(places["hub"], token=TOKEN) as hub:
         hub.add("some/base", models["qwen"])
         hub.add("some/pairs", places["pairs"], repo_type="dataset")
-        hub.cache, settings = places["cache"], hub.environment(places["cache"]) | {"TQDM_DISABLE": "1"}
+        hub.cache, settings = (
+            places["cache"],
+            hub.environment(places["cache"]) | {"TQDM_DISABLE": "1"},
+        )
         forked.serve(settings)
 
         def start(folder, environment=None, **changes):
@@ -58,10 +68,20 @@ def result(*folders):
     """What the run in the first folder came to: metrics, scores, answers, and its weights in all of them."""
     run, metrics = json.loads(read(folders[0] / "run.json")), {}
     for entry in run["history"]:
-        for name in {"loss", "grad_norm", "learning_rate", "eval_loss", "eval_rewards/margins"} & entry.keys():
+        for name in {
+            "loss",
+            "grad_norm",
+            "learning_rate",
+            "eval_loss",
+            "eval_rewards/margins",
+        } & entry.keys():
             metrics[entry["step"], name] = entry[name]
     weights = [path for folder in folders for path in sorted(folder.glob("**/*.safetensors"))]
-    weights = [hashlib.sha256(path.read_bytes()).hexdigest() for path in weights if "checkpoint" not in str(path)]
+    weights = [
+        hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in weights
+        if "checkpoint" not in str(path)
+    ]
     return metrics, weights, *(run.get(name) for name in ("logps", "before", "after"))
 
 
@@ -83,7 +103,9 @@ def kill(hub, folder, stage, delay):
     """Starts a run and kills it `delay` seconds into a stage. Says whether it was still running."""
     process = hub.start(folder)
     checkpoint = folder / "dpo_run" / f"checkpoint-{random.Random(delay).randint(2, STEPS)}"
-    while not (checkpoint.exists() if stage == "checkpoint" else STAGES[stage] in read(folder / "log.txt")):
+    while not (
+        checkpoint.exists() if stage == "checkpoint" else STAGES[stage] in read(folder / "log.txt")
+    ):
         if not process.is_alive():
             return False
         time.sleep(0.002)
@@ -95,15 +117,25 @@ def kill(hub, folder, stage, delay):
 
 def test_killed_at_any_time_it_ends_as_if_it_had_not_been(hub, uncut, tmp_path, pytestconfig):
     """In training, while a checkpoint is written, in the merge or the push; run again, it equals the uncut run in all."""
-    seconds = {"training": uncut[1] / 3, "checkpoint": 0.05, "merge": uncut[1] / 5, "push": uncut[1] / 20}
+    seconds = {
+        "training": uncut[1] / 3,
+        "checkpoint": 0.05,
+        "merge": uncut[1] / 5,
+        "push": uncut[1] / 20,
+    }
     rng = random.Random(0)
     points = [(stage, rng.random()) for stage in seconds]
-    points += [(rng.choice(list(seconds)), rng.random()) for _ in range(pytestconfig.getoption("kills") - len(points))]
+    points += [
+        (rng.choice(list(seconds)), rng.random())
+        for _ in range(pytestconfig.getoption("kills") - len(points))
+    ]
 
     def survive(number):
         stage, where = points[number]
         folder = tmp_path / f"cut-{number}"
-        while not kill(hub, folder, stage, where * seconds[stage]):  # it ended before it could be killed
+        while not kill(
+            hub, folder, stage, where * seconds[stage]
+        ):  # it ended before it could be killed
             shutil.rmtree(folder)
             hub.repos.pop(("model", f"{hub.user}/{folder.name}"), None)
             where /= 2
@@ -123,12 +155,20 @@ def test_a_finished_stage_is_not_done_again(hub, uncut, tmp_path):
     folder, run = tmp_path / "stages", tmp_path / "stages" / "dpo_run"
     shutil.copytree(uncut[2] / "dpo_run", run)
     (run / "merged" / "whole.json").unlink()  # as after a kill in the merge
-    trained = {path: path.stat().st_mtime_ns for path in (*run.glob("checkpoint-*/*"), *run.glob("adapter/*"))}
+    trained = {
+        path: path.stat().st_mtime_ns
+        for path in (*run.glob("checkpoint-*/*"), *run.glob("adapter/*"))
+    }
     finish(hub.start(folder), folder)
     assert trained == {path: path.stat().st_mtime_ns for path in trained}
-    assert result(run, pushed(hub, "stages")) == uncut[0] and (run / "merged" / "whole.json").exists()
+    assert (
+        result(run, pushed(hub, "stages")) == uncut[0] and (run / "merged" / "whole.json").exists()
+    )
 
-    merged, uploads = run / "merged" / "model.safetensors", [request for request in hub.requests if "PUT" in request]
+    merged, uploads = (
+        run / "merged" / "model.safetensors",
+        [request for request in hub.requests if "PUT" in request],
+    )
     written = merged.stat().st_mtime_ns
     (base,) = hub.cache.glob("hub/models--some--base/snapshots/*/model.safetensors")
     base.unlink()
@@ -136,8 +176,13 @@ def test_a_finished_stage_is_not_done_again(hub, uncut, tmp_path):
     assert merged.stat().st_mtime_ns == written and not base.exists()
     assert uploads == [request for request in hub.requests if "PUT" in request]
 
-    assert f"Going on from checkpoint-{STEPS}" in finish(hub.start(folder, max_steps=STEPS + 2), folder)
-    longer, losses = result(run)[0], {key: value for key, value in uncut[0][0].items() if key[1] == "loss"}
+    assert f"Going on from checkpoint-{STEPS}" in finish(
+        hub.start(folder, max_steps=STEPS + 2), folder
+    )
+    longer, losses = (
+        result(run)[0],
+        {key: value for key, value in uncut[0][0].items() if key[1] == "loss"},
+    )
     assert losses.items() <= longer.items() and (STEPS + 2, "loss") in longer
     assert merged.stat().st_mtime_ns > written
 
@@ -174,8 +219,12 @@ def undisturbed(ready, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("stop, says", [(KeyboardInterrupt, None), (torch.OutOfMemoryError, r"gpu_memory to 10\.0")])
-def test_a_training_cell_that_was_stopped_goes_on_when_it_is_run_again(ready, undisturbed, tmp_path, stop, says):
+@pytest.mark.parametrize(
+    "stop, says", [(KeyboardInterrupt, None), (torch.OutOfMemoryError, r"gpu_memory to 10\.0")]
+)
+def test_a_training_cell_that_was_stopped_goes_on_when_it_is_run_again(
+    ready, undisturbed, tmp_path, stop, says
+):
     """From its newest whole checkpoint, also from that of a GPU that trained in fp16."""
     nb, folder = ready(output_dir=tmp_path / "run"), tmp_path / "run"
     nb["memory"], watch = 11e9, Watch(nb, {3: Mock(side_effect=stop)})
@@ -193,14 +242,23 @@ def test_a_full_disk_costs_no_trained_step(ready, undisturbed, tmp_path, capsys)
     The disk is the size that files may have: there is room for a log when it is full, not for an adapter.
     """
     free, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    empty, full = (partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, most)) for size in (free, 100_000))
+    empty, full = (
+        partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, most)) for size in (free, 100_000)
+    )
     nb, folder = ready(output_dir=tmp_path / "run"), tmp_path / "run"
     watch = Watch(nb, {0: full, 2: empty, 3: full})
     with pytest.raises(Exception, match="large"):  # each library has an error of its own
         run_cell("train", nb)
     printed = capsys.readouterr().out
-    assert [f"No checkpoint at step {step}" in printed for step in range(1, 5)] == [True, True, False, True]
-    assert nb["newest_checkpoint"]() == folder / "checkpoint-3" and not list(folder.glob("checkpoint-[124]"))
+    assert [f"No checkpoint at step {step}" in printed for step in range(1, 5)] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+    assert nb["newest_checkpoint"]() == folder / "checkpoint-3" and not list(
+        folder.glob("checkpoint-[124]")
+    )
     assert "trained" not in json.loads(read(folder / "run.json"))
     empty()
     run_cell("train", nb)
@@ -211,7 +269,9 @@ FAILED = [(1e30, 4, "learning_rate"), (1e30, 2, "learning_rate"), (1e-30, 2, "No
 
 
 @pytest.mark.parametrize("learning_rate, max_steps, says", FAILED)
-def test_a_training_that_failed_ends_in_one_sentence(ready, tmp_path, learning_rate, max_steps, says):
+def test_a_training_that_failed_ends_in_one_sentence(
+    ready, tmp_path, learning_rate, max_steps, says
+):
     """Two steps show it in the last evaluation only. Running the cell again does not pass it off as trained."""
     nb = ready(output_dir=tmp_path / "run", learning_rate=learning_rate, max_steps=max_steps)
     with pytest.raises((FloatingPointError, AssertionError), match=says):
@@ -274,7 +334,11 @@ def finished(uncut, hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub.token)
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's own attempts
     sources = dict(base_model="some/base", dataset_id="some/pairs", new_model=tmp_path.name)
-    nb = run_cells("install", "state", **{**SMALL, **sources, "max_steps": STEPS, "output_dir": uncut[2] / "dpo_run"})
+    nb = run_cells(
+        "install",
+        "state",
+        **{**SMALL, **sources, "max_steps": STEPS, "output_dir": uncut[2] / "dpo_run"},
+    )
     assert nb["merged"]
     run_cell("card", nb)
     return nb | dict(public=nb["run"]["parameters"], tables={}, patience=patience)
@@ -307,7 +371,11 @@ def test_a_fault_of_the_hub_in_the_push(finished, hub, monkeypatch, capsys, requ
     assert fault != silence or all(finished["patience"]), "it would be waited for without end"
     run_cell("push", finished)
     assert len(sent) == len(set(sent)), "a file was sent twice"
-    for place in ("merged/model.safetensors", "adapter/adapter_model.safetensors", "curves/loss.png"):
+    for place in (
+        "merged/model.safetensors",
+        "adapter/adapter_model.safetensors",
+        "curves/loss.png",
+    ):
         arrived = pushed(hub, finished["new_model"]) / place.removeprefix("merged/")
         assert arrived.read_bytes() == (finished["folder"] / place).read_bytes()
 
@@ -325,7 +393,10 @@ def test_a_hub_that_does_not_answer_yet_stops_nothing(finished, hub, capsys, req
         if fault in (503, cut, silence):
             run_cell("sources", finished)
             assert finished["base_revision"] == hub.head(("model", "some/base"))[0]
-            for name in ("base_revision", "dataset_revision"):  # what is asked for is not passed over
+            for name in (
+                "base_revision",
+                "dataset_revision",
+            ):  # what is asked for is not passed over
                 with pytest.raises((AssertionError, ValueError), match=f"{name}|0000"):
                     run_cell("sources", finished | {name: "0" * 40})
     assert fault != silence or all(finished["patience"]), "it would be waited for without end"
@@ -335,12 +406,18 @@ def test_a_hub_that_does_not_answer_yet_stops_nothing(finished, hub, capsys, req
     assert f'model="{hub.user}/{finished["new_model"]}"' in read(there / "README.md")
 
 
-def test_the_adapter_is_pushed_right_after_the_training_and_not_to_a_public_repository_unasked(finished, hub):
-    assert list(CELLS).index("train") < list(CELLS).index("push-adapter") < list(CELLS).index("merge")
+def test_the_adapter_is_pushed_right_after_the_training_and_not_to_a_public_repository_unasked(
+    finished, hub
+):
+    assert (
+        list(CELLS).index("train") < list(CELLS).index("push-adapter") < list(CELLS).index("merge")
+    )
     run_cell("accounts", finished)
     run_cell("push-adapter", finished)
     (weights,) = pushed(hub, finished["new_model"]).rglob("*.safetensors")
-    assert weights.read_bytes() == (finished["adapter_dir"] / "adapter_model.safetensors").read_bytes()
+    assert (
+        weights.read_bytes() == (finished["adapter_dir"] / "adapter_model.safetensors").read_bytes()
+    )
     assert weights.parent.name == "adapter" and hub.repos["model", finished["hub_id"]]["private"]
     shown = finished | {"private": False, "new_model": "shown"}
     run_cell("accounts", shown)
@@ -360,10 +437,21 @@ def test_wandb_down_or_key_wrong(hub, tmp_path, monkeypatch, capfd, down):
         monkeypatch.setattr(Handler, "reply", lambda *answer: silent.wait(60))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WANDB_MODE")
-    environment = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "WANDB_API_KEY": KEY, "WANDB_BASE_URL": hub.url}
-    for name, value in {**environment, "WANDB_HTTP_TIMEOUT": "2", "WANDB_ERROR_REPORTING": "false"}.items():
+    environment = {
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+        "WANDB_API_KEY": KEY,
+        "WANDB_BASE_URL": hub.url,
+    }
+    for name, value in {
+        **environment,
+        "WANDB_HTTP_TIMEOUT": "2",
+        "WANDB_ERROR_REPORTING": "false",
+    }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("wandb.Settings", lambda init_timeout: settings(init_timeout=init_timeout / 15))
+    monkeypatch.setattr(
+        "wandb.Settings", lambda init_timeout: settings(init_timeout=init_timeout / 15)
+    )
     nb = run_cells("install", "accounts")
     assert nb["report_to"] == "wandb" and wandb.run.settings.mode == "offline"
     wandb.finish()
@@ -382,7 +470,13 @@ def assert_nowhere(folder, *secrets):
 def test_wandb_gets_the_metrics_and_token_and_key_show_nowhere(uncut, hub):
     """In nothing that a whole run printed, logged, stored, cached or pushed, W&B's files included."""
     (metrics,) = (path.read_bytes() for path in uncut[2].glob("wandb/offline-run-*/*.wandb"))
-    for name in ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
+    for name in (
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+    ):
         assert f"train/{name}".encode() in metrics and f"eval/{name}".encode() in metrics
     assert pushed(hub, "uncut").exists()
     for folder in (uncut[2], hub.root, hub.cache):

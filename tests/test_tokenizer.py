@@ -7,12 +7,12 @@ import mistral_common
 import pytest
 import sentencepiece
 import standins
-from notebook import run_cell
 from test_chat import pair, read
 from tokenizers import normalizers
 from transformers import AutoTokenizer, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 
 from rehearsal.hub import Failure, Handler
+from rehearsal.notebook import run_cell
 
 MISTRAL = (Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1").read_bytes()
 JUDGE = sentencepiece.SentencePieceProcessor(model_proto=MISTRAL)
@@ -21,13 +21,24 @@ CHAT = "<|im_start|>system\nHi  you<|im_end|>\n<|im_start|>user\n def f():\n    
 TRUE_IDS = [int(i) for i in (
     "1 32001 1587 13 23809 28705 368 32000 28705 13 32001 2188 13 801 285 5888 13 2287 1318 32000 28705 13 32001 13892 13"
 ).split()]  # fmt: skip
-TEXTS = ["Hello", "two  spaces   three    four", "\tif x:\n        return 1\n\n\n", "naïve café", "日本語 😀👍🏽", " "]
+TEXTS = [
+    "Hello",
+    "two  spaces   three    four",
+    "\tif x:\n        return 1\n\n\n",
+    "naïve café",
+    "日本語 😀👍🏽",
+    " ",
+]
 
 
 def repository(folder, config=MistralConfig, **settings):
     """OpenHermes' tokenizer files: Mistral's tokenizer.model with the two ChatML tokens, no tokenizer.json."""
-    settings = dict(eos_token="<|im_end|>", pad_token="</s>", chat_template=standins.CHATML, **settings)
-    standins.write_sentencepiece_repository(folder, MISTRAL, ["<|im_end|>", "<|im_start|>"], **settings)
+    settings = dict(
+        eos_token="<|im_end|>", pad_token="</s>", chat_template=standins.CHATML, **settings
+    )
+    standins.write_sentencepiece_repository(
+        folder, MISTRAL, ["<|im_end|>", "<|im_start|>"], **settings
+    )
     config(vocab_size=32002, **standins.SIZE).save_pretrained(folder)
     return folder
 
@@ -45,12 +56,16 @@ def with_tokenizer_json(folder):
 def of_llama(folder):
     """The first under a Llama's config.json, for which transformers takes a class that errs."""
     repository(folder, LlamaConfig)
-    assert AutoTokenizer.from_pretrained(folder)(CHAT).input_ids != TRUE_IDS  # else there is nothing to mend any more
+    assert (
+        AutoTokenizer.from_pretrained(folder)(CHAT).input_ids != TRUE_IDS
+    )  # else there is nothing to mend any more
     return folder
 
 
 def load(base_model, revision=None):
-    return run_cell("tokenizer", dict(base_model=str(base_model), base_revision=revision, Path=Path))
+    return run_cell(
+        "tokenizer", dict(base_model=str(base_model), base_revision=revision, Path=Path)
+    )
 
 
 @pytest.mark.parametrize("make", [repository, with_tokenizer_json, of_llama])
@@ -60,12 +75,17 @@ def test_true_ids(make, tmp_path):
     nb = read(str(make(tmp_path / "base")), question)
     (row,), tokenizer = nb["rows"], nb["tokenizer"]
     assert list(row["prompt_ids"]) == TRUE_IDS
-    assert list(row["chosen_ids"]) == [*tokenizer.encode("x\nYes.", add_special_tokens=False)[2:], 32000]
+    assert list(row["chosen_ids"]) == [
+        *tokenizer.encode("x\nYes.", add_special_tokens=False)[2:],
+        32000,
+    ]
     tokenizer.save_pretrained(tmp_path / "merged")
     MistralConfig(vocab_size=32002, **standins.SIZE).save_pretrained(tmp_path / "merged")
     for found in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "merged")):
         assert found.encode(CHAT, add_special_tokens=False) == TRUE_IDS[1:]
-        assert [found.encode(text, add_special_tokens=False) for text in TEXTS] == JUDGE.encode(TEXTS)
+        assert [found.encode(text, add_special_tokens=False) for text in TEXTS] == JUDGE.encode(
+            TEXTS
+        )
         assert [found.decode(ids) for ids in JUDGE.encode(TEXTS)] == TEXTS
         assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (1, 32000, 2)
 
@@ -73,7 +93,9 @@ def test_true_ids(make, tmp_path):
 @pytest.mark.parametrize("config", [MistralConfig, LlamaConfig])
 def test_not_legacy(config, tmp_path):
     """A repository that says `legacy: false` gets the prefix space at the start of the text only."""
-    ids = load(repository(tmp_path, config, legacy=False))["tokenizer"]("<|im_start|>user\nHi<|im_end|>\n").input_ids
+    ids = load(repository(tmp_path, config, legacy=False))["tokenizer"](
+        "<|im_start|>user\nHi<|im_end|>\n"
+    ).input_ids
     assert ids == [1, 32001, 1838, 13, 23809, 32000, 13]
 
 
@@ -94,7 +116,9 @@ def hub(tmp_path, monkeypatch):
         found(handler, key, revision, path)
 
     monkeypatch.setattr(Handler, "resolve", answer)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # before it tries again
+    monkeypatch.setattr(
+        "huggingface_hub.utils._http.time.sleep", lambda seconds: None
+    )  # before it tries again
     with standins.local_hub(tmp_path / "hub") as hub:
         hub.down = "nothing"
         yield hub

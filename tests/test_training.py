@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from notebook import CELLS, alone, run_cell, run_cells
 from safetensors.torch import load_file
 from trainers import SMALL, gradient, gradients, perturb
 from transformers import AutoModelForCausalLM
+
+from rehearsal.notebook import CELLS, alone, run_cell, run_cells
 
 
 def test_loss_margins_and_gradient_are_the_papers(prepare, models):
@@ -29,7 +30,11 @@ def test_loss_margins_and_gradient_are_the_papers(prepare, models):
 
     def logp(model, prompt, answer):
         """log pi(y|x): the sum over the answer's tokens of the log-probability of each, given all before it."""
-        logps = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        logps = (
+            model(input_ids=torch.tensor([prompt + answer]))
+            .logits[0, len(prompt) - 1 : -1]
+            .log_softmax(-1)
+        )
         return sum(logps[t, token] for t, token in enumerate(answer))
 
     margins = []
@@ -37,17 +42,26 @@ def test_loss_margins_and_gradient_are_the_papers(prepare, models):
         x, y_w, y_l = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
         with torch.no_grad():
             ref_w, ref_l = logp(reference, x, y_w), logp(reference, x, y_l)
-        margins.append(beta * (logp(trainer.model, x, y_w) - ref_w) - beta * (logp(trainer.model, x, y_l) - ref_l))
+        margins.append(
+            beta * (logp(trainer.model, x, y_w) - ref_w)
+            - beta * (logp(trainer.model, x, y_l) - ref_l)
+        )
     margins = torch.stack(margins)
     expected = -torch.log(1 / (1 + torch.exp(-margins))).mean()
     expected.backward()
     assert trainer.model.peft_config["default"].lora_alpha == 8
-    assert expected.item() != pytest.approx(math.log(2), abs=1e-3)  # the perturbed adapter is really in play
+    assert expected.item() != pytest.approx(
+        math.log(2), abs=1e-3
+    )  # the perturbed adapter is really in play
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert metrics["rewards/margins"][-1] == pytest.approx(margins.mean().item(), rel=1e-4, abs=1e-5)
+    assert metrics["rewards/margins"][-1] == pytest.approx(
+        margins.mean().item(), rel=1e-4, abs=1e-5
+    )
     assert metrics["rewards/accuracies"][-1] == pytest.approx((margins > 0).sum().item() / 6)
     for name, value in gradients(trainer.model).items():
-        assert torch.allclose(found[name], value, rtol=0, atol=1e-5 * max(value.abs().max().item(), 1.0)), name
+        assert torch.allclose(
+            found[name], value, rtol=0, atol=1e-5 * max(value.abs().max().item(), 1.0)
+        ), name
 
 
 def test_a_4_bit_base_and_its_float32_adapter(prepare):
@@ -58,7 +72,9 @@ def test_a_4_bit_base_and_its_float32_adapter(prepare):
     nb = prepare("chatml", max_steps=2)
     trainer = nb["trainer"]
     trainable = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    assert {parameter.dtype for parameter in trainable} == {torch.float32} and trainer.ref_model is None
+    assert {parameter.dtype for parameter in trainable} == {
+        torch.float32
+    } and trainer.ref_model is None
     perturb(trainer.model)
     before = gradient(trainer)
     trainer.evaluate()
@@ -104,17 +120,29 @@ def test_another_model_than_was_asked_for_is_told(prepare):
         nb["load_4bit"](nb["base_model"])
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "sigmoid_norm", "robust", "ipo", "apo_zero", "sigmoid+sft"])
+@pytest.mark.parametrize(
+    "loss_type", ["sigmoid", "sigmoid_norm", "robust", "ipo", "apo_zero", "sigmoid+sft"]
+)
 def test_a_policy_that_is_not_the_reference_at_first_is_told(prepare, loss_type):
     """By a loss that does not begin where each loss begins, but for the sum with sft: that begins where the model is."""
     nb = prepare(load_in_4bit=False, loss_type=loss_type, beta=5)
-    evaluated = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
+    evaluated = (
+        "loss",
+        "rewards/accuracies",
+        "rewards/margins",
+        "rewards/chosen",
+        "rewards/rejected",
+    )
 
     def begin():
         trainer = nb["trainer"]
-        batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(4)]))
+        batch = trainer._prepare_inputs(
+            trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+        )
         loss = trainer.compute_loss(trainer.model.train(), batch).item()
-        nb["run"]["history"] = [{"step": 1, "loss": loss, **{f"eval_{name}": 0.0 for name in evaluated}}]
+        nb["run"]["history"] = [
+            {"step": 1, "loss": loss, **{f"eval_{name}": 0.0 for name in evaluated}}
+        ]
         run_cell("held-out", nb)
 
     begin()
@@ -125,11 +153,15 @@ def test_a_policy_that_is_not_the_reference_at_first_is_told(prepare, loss_type)
         begin()
 
 
-@pytest.mark.parametrize("trained, merged, lost", [(2, 0.1, True), (0.05, 0, False), (-2, -1.5, False), (-2, 0, True)])
+@pytest.mark.parametrize(
+    "trained, merged, lost", [(2, 0.1, True), (0.05, 0, False), (-2, -1.5, False), (-2, 0, True)]
+)
 def test_a_merge_that_loses_the_adapter_is_told(trained, merged, lost):
     """By margins made up for the trained and the merged model; to have learnt the opposite is no fault of the merge."""
     evaluated = pd.DataFrame({"loss": [0.7, 0.5], "rewards/chosen": [0.0, 0.1]})
-    nb = alone("words") | dict(run={"before": {}, "after": {}}, evaluated=evaluated, held_out=[0, 1], shallow=0.5)
+    nb = alone("words") | dict(
+        run={"before": {}, "after": {}}, evaluated=evaluated, held_out=[0, 1], shallow=0.5
+    )
     nb |= dict(scores=pd.DataFrame({"reward accuracy": 1.0}, ["trained"]))
     nb |= dict(margins=np.array([[0, 0], [trained, trained], [0, 0], [merged, merged]]))
     with pytest.raises(AssertionError, match="use the adapter") if lost else nullcontext():
@@ -139,7 +171,9 @@ def test_a_merge_that_loses_the_adapter_is_told(trained, merged, lost):
 # Whole runs: each family goes through the notebook by `base_model` alone.
 
 
-@pytest.mark.parametrize("family, system", [("llama3", "stays"), ("mistral-instruct", "joins the user turn")])
+@pytest.mark.parametrize(
+    "family, system", [("llama3", "stays"), ("mistral-instruct", "joins the user turn")]
+)
 def test_a_whole_run_of_another_family(models, pairs_file, tmp_path, capsys, family, system):
     sources = dict(base_model=models[family], dataset_id=pairs_file, output_dir=str(tmp_path))
     nb = run_cells("install", list(CELLS)[-1], **{**SMALL, **sources})
@@ -148,5 +182,9 @@ def test_a_whole_run_of_another_family(models, pairs_file, tmp_path, capsys, fam
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert any(weight.any() for name, weight in adapter.items() if "lora_B" in name)
     assert len(nb["run"]["history"]) == 4 + 5 + 1 and len(list(tmp_path.glob("curves/*.png"))) == 4
-    public = (tmp_path / "merged" / "README.md").read_text() + (tmp_path / "merged" / "run.json").read_text()
-    assert models[family] not in public and pairs_file not in public  # folders mean nothing to others
+    public = (tmp_path / "merged" / "README.md").read_text() + (
+        tmp_path / "merged" / "run.json"
+    ).read_text()
+    assert (
+        models[family] not in public and pairs_file not in public
+    )  # folders mean nothing to others

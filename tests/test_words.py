@@ -5,12 +5,21 @@ import random
 
 import pandas as pd
 import pytest
-from notebook import alone, run_cells
 from standins import TEXT
 from trainers import SMALL
 
+from rehearsal.notebook import alone, run_cells
+
 WORDS = sorted({word.lower() for word in TEXT.split() if word.isalpha()})
-RIGHT = dict(losses=[0.69, 0.5, 0.4], right=0.9, pairs=128, shallow=0.55, chosen=0.1, margins=(1.5, 1.48), longer=1.1)
+RIGHT = dict(
+    losses=[0.69, 0.5, 0.4],
+    right=0.9,
+    pairs=128,
+    shallow=0.55,
+    chosen=0.1,
+    margins=(1.5, 1.48),
+    longer=1.1,
+)
 
 
 def made_up(kind, count=120):
@@ -38,7 +47,9 @@ def audit(models, tmp_path, pairs):
     """The namespace after the audit of pairs."""
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    parameters = dict(SMALL, base_model=models["qwen"], output_dir=str(tmp_path / "run"), eval_pairs=40)
+    parameters = dict(
+        SMALL, base_model=models["qwen"], output_dir=str(tmp_path / "run"), eval_pairs=40
+    )
     return run_cells("install", "audit", dataset_id=str(path), **parameters)
 
 
@@ -59,11 +70,16 @@ def test_pairs_that_nothing_shallow_decides_are_not_warned_of(models, tmp_path):
     assert 0.2 < nb["shallow"] < 0.8 and len(nb["audit"]) == 2
     assert "nearly the same: 0%" in nb["audit"][0] and "both orders: 0" in nb["audit"][0]
     mark = nb["COUNTS"]["a mark at the start"]
-    starts = [mark([], nb["tokenizer"](text).input_ids) for text in ("- a list", "**Bold**", "A word", "3 bees")]
+    starts = [
+        mark([], nb["tokenizer"](text).input_ids)
+        for text in ("- a list", "**Bold**", "A word", "3 bees")
+    ]
     assert starts == [True, True, False, False]
 
 
-@pytest.mark.parametrize("kind, counted", [("both orders", "both orders: 80"), ("nearly the same", "the same: 50%")])
+@pytest.mark.parametrize(
+    "kind, counted", [("both orders", "both orders: 80"), ("nearly the same", "the same: 50%")]
+)
 def test_what_the_audit_counts(models, tmp_path, kind, counted):
     assert counted in audit(models, tmp_path, made_up(kind))["audit"][0]
 

@@ -2,7 +2,9 @@
 
 import torch
 
-SMALL = dict(eval_pairs=8, max_steps=4, warmup_steps=1, pairs_per_step=8, max_length=512, learning_rate=1e-3)
+SMALL = dict(
+    eval_pairs=8, max_steps=4, warmup_steps=1, pairs_per_step=8, max_length=512, learning_rate=1e-3
+)
 
 
 def perturb(model):
@@ -14,14 +16,20 @@ def perturb(model):
 
 
 def gradients(model):
-    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    found = {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
     model.zero_grad()
     return found
 
 
 def gradient(trainer):
     """The gradient of the adapter on the first four training pairs."""
-    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(4)]))
+    batch = trainer._prepare_inputs(
+        trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    )
     trainer.model.train()
     trainer.compute_loss(trainer.model, batch).backward()
     return gradients(trainer.model)

@@ -16,7 +16,9 @@ parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("folder", nargs="?", type=Path, default=Path("dpo_run/evaluation"))
 folder = parser.parse_args().folder
 scores = {}
-for path in sorted(folder.glob("*/results_*.json"), key=lambda path: path.name):  # of a task, the newest
+for path in sorted(
+    folder.glob("*/results_*.json"), key=lambda path: path.name
+):  # of a task, the newest
     found = json.loads(path.read_text())
     parts = {part for parts in found["group_subtasks"].values() for part in parts}  # as mmlu has 57
     for task in found["results"].keys() - parts:
@@ -26,4 +28,6 @@ for path in sorted(folder.glob("*/results_*.json"), key=lambda path: path.name):
 table = pd.DataFrame(scores).T
 table["average"] = table.mean(axis=1, skipna=False)
 print(table.round(1).to_string())
-table.T.plot.bar(rot=30, ylabel="%", figsize=(9, 4)).figure.savefig(folder.with_suffix(".png"), bbox_inches="tight")
+table.T.plot.bar(rot=30, ylabel="%", figsize=(9, 4)).figure.savefig(
+    folder.with_suffix(".png"), bbox_inches="tight"
+)

@@ -14,5 +14,7 @@ arguments = parser.parse_args()
 
 settings = llama_cpp.llama_model_quantize_default_params()
 settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
-failed = llama_cpp.llama_model_quantize(arguments.source.encode(), arguments.target.encode(), settings)
+failed = llama_cpp.llama_model_quantize(
+    arguments.source.encode(), arguments.target.encode(), settings
+)
 assert not failed, f"{arguments.source} could not be quantised."

@@ -10,7 +10,8 @@ MODELS = {
     "tuned": os.environ.get("TUNED_MODEL", "dpo_run/merged"),
 }
 chats = [  # both with the tokenizer that the notebook has checked
-    pipeline("text-generation", model=model, tokenizer=MODELS["tuned"], device_map="auto") for model in MODELS.values()
+    pipeline("text-generation", model=model, tokenizer=MODELS["tuned"], device_map="auto")
+    for model in MODELS.values()
 ]
 
 
@@ -23,7 +24,9 @@ def ask(question, *histories):
     for chat, history in zip(chats, histories, strict=True):
         history.append({"role": "user", "content": question})
         turns = [{"role": turn["role"], "content": text(turn["content"])} for turn in history]
-        answer = chat(turns, max_new_tokens=400, do_sample=False, return_full_text=False)[0]["generated_text"]
+        answer = chat(turns, max_new_tokens=400, do_sample=False, return_full_text=False)[0][
+            "generated_text"
+        ]
         history.append({"role": "assistant", "content": answer})
     return "", *histories
 
