@@ -19,9 +19,7 @@ os.environ["HF_TOKEN_PATH"] = os.devnull
 os.environ["WANDB_MODE"] = "offline"
 
 import standins  # noqa: E402
-from trainers import SMALL  # noqa: E402
-
-from rehearsal.notebook import run_cells  # noqa: E402
+from trainers import build_trainer  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -103,18 +101,10 @@ def pairs_file(tmp_path_factory):
 
 @pytest.fixture
 def prepare(models, pairs_file, tmp_path):
-    """Runs the notebook's cells up to its training, and what the training cell does first: the built trainer."""
+    """Runs the notebook's cells until its trainer is built; the base is not asked anything."""
 
     def run(family="qwen", **changes):
-        parameters = {
-            **SMALL,
-            "dataset_id": pairs_file,
-            "output_dir": str(tmp_path / "run"),
-            **changes,
-        }
-        nb = run_cells("install", "score", base_model=models.get(family, family), **parameters)
-        nb["model"] = nb["load_4bit"](nb["base_model"], nb["dtype"], nb["load_in_4bit"])
-        nb["trainer"] = nb["make_trainer"](nb["model"])
-        return nb
+        sources = dict(base_model=models.get(family, family), dataset_id=pairs_file)
+        return build_trainer(**{**sources, "output_dir": str(tmp_path / "run"), **changes})
 
     return run

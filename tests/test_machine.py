@@ -14,7 +14,7 @@ from trainers import SMALL
 from transformers import MistralConfig
 
 from rehearsal.hub import Hub
-from rehearsal.notebook import run_cell, run_cells
+from rehearsal.notebook import CELLS, run_cell, run_cells
 
 
 @pytest.fixture
@@ -100,6 +100,23 @@ def test_a_library_that_was_imported_before_it_was_replaced_ends_in_one_sentence
 
 
 HALF, BRAIN = torch.float16, torch.bfloat16
+CODE = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # of a PyTorch for CUDA 12.8
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A GPU of 15.8 GB that nothing else uses: its properties, which a test may change."""
+    PartialState(cpu=True)  # once for the process, before there is a card to be taken
+    card = SimpleNamespace(name="a card", major=8, minor=0, free=15.8e9, reserved=0, code=CODE)
+    card.others = []  # the major number and the memory of the cards of other processes
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: card)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: card.code)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (card.free, 16e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: card.reserved)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: [*mine, *card.others])
+    yield card
+    torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 @pytest.mark.parametrize(
@@ -112,18 +129,52 @@ HALF, BRAIN = torch.float16, torch.bfloat16
         (8, [(9, 8e9)], 0, BRAIN, 8e9),
     ],
 )
-def test_precision_and_memory_of_gpus(monkeypatch, major, others, gpu_memory, dtype, planned):
-    """A card of 15.8 GB, and those of other processes: the least of them is planned with."""
-    PartialState(cpu=True)  # once for the process, before there is a card to be taken
-    card = SimpleNamespace(name="a card", total_memory=15.8e9, major=major)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: card)
-    monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: [*mine, *others])
+def test_precision_and_memory_of_gpus(card, major, others, gpu_memory, dtype, planned):
+    """All processes plan with the least memory that one of them has, and in a precision that all have."""
+    card.major, card.minor, card.others = major, 5 if major == 7 else 0, others
     nb = run_cells("install", "machine", gpu_memory=gpu_memory)
-    fast = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(True)
     assert nb["dtype"] == dtype and nb["memory"] == planned
-    assert not fast  # it makes a plan for every new length
+
+
+def test_memory_that_something_else_holds_is_not_planned_with(card):
+    """What this notebook itself holds is, since it gives that back before it loads a model."""
+    card.free, card.reserved = 9e9, 3e9
+    assert run_cells("install", "machine")["memory"] == 12e9
+
+
+def test_attention_that_plans_for_every_new_length_is_switched_off(card):
+    run_cells("install", "machine")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_a_card_without_code_is_refused_before_anything_is_downloaded(card):
+    """Kaggle's P100 under a PyTorch that has dropped it."""
+    card.name, card.major = "Tesla P100", 6
+    with pytest.raises(ValueError, match="no code for Tesla P100: choose another GPU"):
+        run_cells("install", "machine")
+    assert list(CELLS).index("machine") < min(
+        list(CELLS).index(cell) for cell in ("sources", "first-row", "tokenizer", "base", "load")
+    )
+
+
+@pytest.mark.parametrize(
+    "capability, supported, runs",
+    [
+        (75, CODE, True),
+        (89, CODE, True),  # an RTX 4090 by the code for 8.6
+        (103, CODE, True),
+        (60, CODE, False),
+        (70, CODE, False),
+        (110, ["sm_100", "sm_120"], False),  # another generation
+        (110, ["sm_90", "compute_90"], True),  # compiled when it is loaded
+        (90, ["sm_90a"], True),
+        (94, ["gfx942", "gfx1100"], True),  # ROCm's names
+        (75, ["sm_80"], False),
+    ],
+)
+def test_which_cards_a_pytorch_has_code_for(capability, supported, runs):
+    has_code_for = run_cells("install", "machine")["has_code_for"]
+    assert has_code_for(capability, supported) == runs
 
 
 @pytest.mark.parametrize(
@@ -155,35 +206,108 @@ def test_free_memory_knows_its_container(tmp_path, file, limit):
     assert nb["free_memory"]() == (2e9 if limit == 3e9 else 8e9)
 
 
-def test_the_plan_on_a_cpu_is_of_the_least_free_memory_of_all_processes(
-    models, pairs_file, tmp_path
-):
-    sources = dict(
-        base_model=models["qwen"], dataset_id=pairs_file, output_dir=str(tmp_path / "run")
+@pytest.fixture
+def planned(models, pairs_file, tmp_path):
+    """The namespace of a small run that has planned its steps."""
+    sources = dict(base_model=models["qwen"], dataset_id=pairs_file)
+    folder = str(tmp_path / "run")
+    return run_cells("install", "split-of-a-step", **{**SMALL, **sources, "output_dir": folder})
+
+
+def plan_with(nb, free, others=()):
+    """The split of a step on a machine with this much free memory, and with processes on others."""
+    nb.update(free_memory=lambda: free, gather_object=lambda found: [*found, *others])
+    split = run_cell("split-of-a-step", nb)["split"]
+    return split.pairs_at_once, split.checkpointed_layers.tolist()
+
+
+def some_but_not_all_fit(nb):
+    """Bytes of free memory with which the split for much memory is no longer possible."""
+    return (nb["fixed_bytes"] + 0.6 * nb["split"].most_bytes) / 0.65
+
+
+def test_the_plan_on_a_cpu_is_of_the_free_memory(planned):
+    """A third of it is left to everything else that runs there."""
+    roomy = plan_with(planned, 64e9)
+    tight = plan_with(planned, some_but_not_all_fit(planned))
+    assert planned["room_bytes"] == pytest.approx(
+        0.6 * max(planned["splits"][-1].most_bytes, 0), rel=1
     )
-    nb = run_cells("install", "memory", **{**SMALL, **sources})
-
-    def split(mine, others=()):
-        nb.update(free_memory=lambda: mine, gather_object=lambda found: [*found, *others])
-        run_cell("split-of-a-step", nb)
-        return nb["at_once"], nb["again"]
-
-    roomy = split(64e9)
-    free = 1.5 * (nb["fixed"] + 0.6 * (max(nb["needs"]) - nb["fixed"]))
-    tight = split(free)
-    assert max(nb["needs"]) < 0.9 * free and (tight[0] < roomy[0] or tight[1] > 0)
-    assert split(64e9, [free]) == tight
-    nb["trained"] = True  # elsewhere: it has to fit no more
-    split(0.1 * free)
+    assert planned["split"].most_bytes <= planned["room_bytes"]
+    assert tight != roomy
 
 
-def test_a_model_that_was_trained_elsewhere_may_be_too_large_to_train_here(tmp_path):
-    MistralConfig(vocab_size=32002).save_pretrained(
-        tmp_path / "base"
-    )  # the 7B shape; nothing else is there
-    sources = dict.fromkeys(("base_model", "dataset_id"), str(tmp_path / "base"))
-    nb = run_cells("install", "sources", output_dir=str(tmp_path / "run"), **sources)
-    run_cell("base", nb | {"trained": True})
+def test_the_plan_is_of_the_least_free_memory_of_all_processes(planned):
+    few = some_but_not_all_fit(planned)
+    assert plan_with(planned, 64e9, others=[few]) == plan_with(planned, few)
+
+
+def test_a_run_that_not_even_one_pair_fits_is_refused_unless_it_was_trained_elsewhere(planned):
+    with pytest.raises(ValueError, match="Not even one pair fits"):
+        plan_with(planned, 1e6)
+    planned["trained"] = True
+    plan_with(planned, 1e6)
+
+
+def test_a_model_that_was_trained_elsewhere_may_be_too_large_to_train_here(planned, tmp_path):
+    MistralConfig(vocab_size=32002).save_pretrained(tmp_path / "base")  # the 7B shape, no weights
+    planned.update(base=str(tmp_path / "base"), base_commit=None)
+    with pytest.raises(ValueError, match="too large for a CPU"):
+        run_cell("base", planned)
+    planned["trained"] = True
+    run_cell("base", planned)
+
+
+# Out of memory, in its guises.
+
+
+class AcceleratorError(RuntimeError):
+    """Of the driver, as in torch.AcceleratorError."""
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("Tried to allocate 2.00 GiB"),
+    AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+]
+OTHER_ERRORS = [
+    ValueError("The first loss is 0.7"),
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    RuntimeError("CUDA error: device-side assert triggered"),
+    RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED"),
+    OSError("No space left on device"),
+    ValueError("out of memory"),  # a library's word on something else
+    KeyboardInterrupt(),
+]
+
+
+@pytest.fixture(scope="module")
+def memory_guard():
+    nb = run_cells("install", "machine") | dict(memory=16e9)
+    return run_cell("memory-guard", nb)["memory_guard"]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
+def test_out_of_memory_in_any_guise_is_one_sentence(memory_guard, error):
+    with pytest.raises(MemoryError, match="^Set gpu_memory$") as told:
+        with memory_guard("Set gpu_memory"):
+            raise error
+    assert told.value.__suppress_context__  # no traceback of the library before it
+
+
+@pytest.mark.parametrize("error", OTHER_ERRORS, ids=repr)
+def test_nothing_else_is_taken_for_out_of_memory(memory_guard, error):
+    with pytest.raises(type(error)) as told:
+        with memory_guard("Set gpu_memory"):
+            raise error
+    assert told.value is error
+
+
+def test_the_advice_is_a_tenth_less_than_was_planned_with():
+    nb = run_cells("install", "machine") | dict(memory=16.5e9)
+    assert run_cell("memory-guard", nb)["planning_advice"].startswith("Set gpu_memory to 15.0 and")
 
 
 # The run folder.
@@ -193,82 +317,163 @@ def run_folder(path):
     return run_cells("install", "state", output_dir=str(path), max_steps=4, warmup_steps=1)
 
 
-def write(nb, name):
+def make_whole(nb, name):
     """A whole folder of the run."""
     place = nb["folder"] / name
     place.mkdir()
-    for file in ("weights", "state"):
-        (place / file).write_text("as it was written")
+    for file in ("weights", "state", "trainer_state.json"):
+        (place / file).write_text('{"global_step": 1}')
     nb["seal"](place)
     return place
 
 
+def cut(path):
+    """Leaves the first half of a file."""
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def cut_state(place):
+    """A state that is cut, and was so when the folder was sealed."""
+    cut(place / "trainer_state.json")
+    sealed = json.loads((place / "whole.json").read_text())
+    sealed["trainer_state.json"] = (place / "trainer_state.json").stat().st_size
+    (place / "whole.json").write_text(json.dumps(sealed))
+
+
 DAMAGES = {
-    "cut": lambda place: (place / "weights").write_text("as it was"),
+    "cut": lambda place: cut(place / "weights"),
     "missing": lambda place: (place / "state").unlink(),
     "never sealed": lambda place: (place / "whole.json").unlink(),
+    "seal cut": lambda place: cut(place / "whole.json"),
+    "seal empty": lambda place: (place / "whole.json").write_text(""),
+    "seal of another kind": lambda place: (place / "whole.json").write_text("[]"),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_folder_is_passed_over(tmp_path, damage):
+@pytest.fixture
+def full_folder(tmp_path):
+    """The namespace of a run with two checkpoints that was trained and merged."""
     nb = run_folder(tmp_path)
-    older, newer, merged, adapter = (
-        write(nb, name) for name in ("checkpoint-2", "checkpoint-10", "merged", "adapter")
-    )
-    (merged / "README.md").write_text("added later")
+    for name in ("checkpoint-2", "checkpoint-10", "merged", "adapter"):
+        make_whole(nb, name)
+    (tmp_path / "merged" / "README.md").write_text("added later")
     (tmp_path / "checkpoint-old").mkdir()
-    nb["write_record"](trained=4, merged=4, day="2026-01-01")
+    nb["write_json"](tmp_path / "run.json", dict(trained=4, merged=4, day="2026-01-01"))
+    return tmp_path
+
+
+def test_a_folder_tells_how_far_its_run_came(full_folder):
+    nb = run_folder(full_folder)
+    assert nb["trained"] and nb["merged"]
+    assert nb["checkpoint"] == full_folder / "checkpoint-10"
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(full_folder, damage, capsys):
+    DAMAGES[damage](full_folder / "checkpoint-10")
+    assert run_folder(full_folder)["checkpoint"] == full_folder / "checkpoint-2"
+    assert "checkpoint-10 is passed over" in capsys.readouterr().out
+
+
+def test_a_checkpoint_whose_state_is_cut_is_passed_over(full_folder):
+    """It was sealed so, as by a file system that loses what it has not yet written."""
+    cut_state(full_folder / "checkpoint-10")
+    assert run_folder(full_folder)["checkpoint"] == full_folder / "checkpoint-2"
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_merge_is_done_again_and_a_damaged_adapter_trained_again(full_folder, damage):
+    DAMAGES[damage](full_folder / "merged")
+    nb = run_folder(full_folder)
+    assert nb["trained"] and not nb["merged"]
+    DAMAGES[damage](full_folder / "adapter")
+    assert not run_folder(full_folder)["trained"]
+
+
+@pytest.mark.parametrize("content", ['{"day": "2026-01-', "", "[]", "null"])
+def test_a_record_that_cannot_be_read_is_said_and_not_overwritten(full_folder, content):
+    (full_folder / "run.json").write_text(content)
+    with pytest.raises(ValueError, match="run.json cannot be read: move it away, or choose"):
+        run_folder(full_folder)
+    assert (full_folder / "run.json").read_text() == content
+    assert len(list(full_folder.glob("checkpoint-*"))) == 3
+
+
+def test_checkpoints_without_a_record_are_not_gone_on_with(full_folder):
+    (full_folder / "run.json").unlink()
+    with pytest.raises(ValueError, match="holds a run without its record"):
+        run_folder(full_folder)
+
+
+def test_the_record_is_written_by_one_process(tmp_path):
     nb = run_folder(tmp_path)
-    assert nb["trained"] and nb["merged"] and nb["checkpoint"] == newer
-    DAMAGES[damage](newer)
-    DAMAGES[damage](merged)
-    nb = run_folder(tmp_path)
-    assert nb["trained"] and not nb["merged"] and nb["checkpoint"] == older
-    DAMAGES[damage](adapter)
-    assert not run_folder(tmp_path)["trained"]
+    path = tmp_path / "run.json"
+    nb["Run"]({}, path).write(trained=1)
+    other = nb["Run"]({}, path, writes=False)
+    other.write(trained=2)
+    assert other["trained"] == 2
+    assert json.loads(path.read_text()) == {"trained": 1}
 
 
-def test_the_record_is_written_in_one_go_and_by_one_process(tmp_path):
-    nb, record = run_folder(tmp_path), tmp_path / "run.json"
-    nb["write_record"](trained=1)
-    nb["processes"] = SimpleNamespace(is_main_process=False)
-    nb["write_record"](trained=2)
-    assert nb["run"]["trained"] == 2 and json.loads(record.read_text()) == {"trained": 1}
-    nb["processes"], limits = PartialState(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    with pytest.raises(OSError):
-        nb["write_record"](history="long" * 1000)
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert json.loads(record.read_text()) == {"trained": 1}
+def test_the_record_is_written_in_one_go(tmp_path):
+    """On a disk that is full in the middle of it the old one stays."""
+    run = run_folder(tmp_path)["Run"]({}, tmp_path / "run.json")
+    run.write(trained=1)
+    free, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))
+    try:
+        with pytest.raises(OSError):
+            run.write(history="long" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (free, most))
+    assert json.loads((tmp_path / "run.json").read_text()) == {"trained": 1}
 
 
-def test_a_folder_holds_one_run(tmp_path):
-    """Of one set of parameters and of sources that stay as they were; the run itself may lie among their files."""
+@pytest.fixture
+def sources(tmp_path):
+    """Runs the cells up to the sources, a base and a file of pairs with the run among the base's files."""
     source = tmp_path / "source"
     source.mkdir()
     (source / "data.txt").write_text("1")
+    same = dict(base_model=str(source), dataset_id=str(source / "data.txt"))
+    same |= dict(output_dir=str(source / "run"), max_steps=4, warmup_steps=1)
 
     def run(**parameters):
-        same = dict(
-            base_model=str(source),
-            dataset_id=str(source / "data.txt"),
-            output_dir=str(source / "run"),
-        )
-        return run_cells(
-            "install", "sources", **{**same, "max_steps": 4, "warmup_steps": 1, **parameters}
-        )
+        return run_cells("install", "sources", **{**same, **parameters})
 
-    run()
-    write(run(beta=0.7), "checkpoint-2")  # nothing was trained before that
-    run(beta=0.7, max_steps=6, gpu_memory=8, private=False)
-    for changes in ({"seed": 1}, {"load_in_4bit": False}, {"max_steps": 4}):
-        with pytest.raises(AssertionError, match="another output_dir"):
-            run(**{"beta": 0.7, "max_steps": 6, **changes})
-    (source / "deep").mkdir()
-    (source / "deep" / "more.txt").write_text("2")
-    with pytest.raises(AssertionError, match="base_revision"):
-        run(beta=0.7, max_steps=6)
+    run.folder = source
+    return run
+
+
+def test_a_folder_of_which_nothing_was_trained_takes_other_parameters(sources):
+    sources(beta=0.1)
+    assert sources(beta=0.7)["run"]["parameters"]["beta"] == 0.7
+
+
+@pytest.mark.parametrize("changes", [dict(seed=1), dict(load_in_4bit=False), dict(max_steps=4)])
+def test_a_folder_holds_the_run_of_one_set_of_parameters(sources, changes):
+    make_whole(sources(beta=0.7, max_steps=6), "checkpoint-2")
+    (name,) = changes
+    with pytest.raises(ValueError, match=f"holds a run with {name} = .*another output_dir"):
+        sources(**{"beta": 0.7, "max_steps": 6, **changes})
+
+
+def test_a_run_goes_on_with_more_steps_and_with_what_changes_no_result(sources):
+    make_whole(sources(beta=0.7), "checkpoint-2")
+    nb = sources(beta=0.7, max_steps=6, gpu_memory=8, private=False, share_prompt=False)
+    assert nb["run"]["parameters"]["max_steps"] == 6
+
+
+@pytest.mark.parametrize("file", ["data.txt", "deep/more.txt"])
+def test_a_folder_holds_a_run_of_sources_that_stay_as_they_were(sources, file):
+    """Told by their content: of the same length here."""
+    (sources.folder / "deep").mkdir()
+    (sources.folder / "deep" / "more.txt").write_text("2")
+    make_whole(sources(), "checkpoint-2")
+    (sources.folder / file).write_text("3")
+    with pytest.raises(ValueError, match="base_revision"):
+        sources()
 
 
 # Accounts.

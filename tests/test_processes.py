@@ -11,6 +11,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import psutil
@@ -22,9 +23,10 @@ from safetensors.torch import load_file
 from test_recipes import command
 from trainers import SMALL
 from transformers import LlamaConfig
+from transformers.integrations import sdpa_attention
 
 from rehearsal.hub import Hub
-from rehearsal.notebook import ROOT, run_cell, run_cells
+from rehearsal.notebook import ROOT, alone, run_cell
 
 PARAMETERS = {**SMALL, "eval_pairs": 12, "pairs_per_step": 12, "max_steps": 6}
 # float32 sums in another order; the largest differences seen are 3e-7 in losses, margins and adapter.
@@ -203,12 +205,11 @@ def test_fsdp_as_on_one_process(start, place, one):
     assert_close(outcome(place / "fsdp"), one)
 
 
-def test_each_process_evaluates_as_many_pairs(models, pairs_file, tmp_path):
-    sources = dict(base_model=models["qwen"], dataset_id=pairs_file, output_dir=str(tmp_path))
-    nb = run_cells("install", "lengths", **PARAMETERS | sources)
-    for asked, processes, found in ((12, 3, 12), (11, 2, 10), (11, 3, 9)):
-        nb.update(eval_pairs=asked, processes=types.SimpleNamespace(num_processes=processes))
-        assert len(run_cell("split", nb)["held_out"]) == found
+@pytest.mark.parametrize("asked, processes, found", [(12, 3, 12), (11, 2, 10), (11, 3, 9)])
+def test_each_process_evaluates_as_many_pairs(asked, processes, found):
+    split_by_question = alone("split-by-question")["split_by_question"]
+    train, held_out = split_by_question(range(60), asked, seed=0, multiple_of=processes)
+    assert len(held_out) == found and len(train) == 60 - asked
 
 
 @pytest.mark.recipes
@@ -230,36 +231,56 @@ def test_the_skypilot_job(tmp_path):
     assert printed.splitlines()[-1] == "dpo-finetune {'H100': 8}"
 
 
-SHAPE = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
-SHAPES = {"7B": (32002, 4096, 14336, 32, 32, 8), "32B": (152064, 5120, 27648, 64, 40, 8)}
-SHAPES |= {"70B": (128256, 8192, 28672, 80, 64, 8)}
+SHAPE = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+num_key_value_heads""".split()
+SHAPES = {
+    "7B": (32002, 4096, 14336, 32, 32, 8),
+    "32B": (152064, 5120, 27648, 64, 40, 8),
+    "70B": (128256, 8192, 28672, 80, 64, 8),
+}
 MEMORY = {"16": 15.8e9, "24": 23.7e9, "48": 47.7e9, "80": 85.0e9}  # as torch reports it
 
 
-def test_the_table_is_the_plan(tmp_path):
-    readme, planned = (ROOT / "recipes/more_gpus/README.md").read_text(), []
+@pytest.fixture
+def plan_for(tmp_path, monkeypatch):
+    """plan_for(model, gpus, memory, engine): the namespace of a run on such a machine, once it has planned.
+
+    Its pairs are all as long as max_length.
+    """
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", sdpa_attention.use_gqa_in_sdpa)
     given = dict(
-        base_model=str(tmp_path), base_revision="", lora_rank=16, max_length=1536, pairs_per_step=16
-    )
-    given |= dict(
-        torch=torch, shutil=shutil, folder=tmp_path, trained=False, merged=True, on_gpu=True
-    )
-    given |= dict(load_in_4bit=True, share_prompt=True, gather_object=list)
-    given |= dict(order=range(64), once=np.full(64, 2 * 1536 - 21), longest=np.full(64, 1536))
-    for model, gpus, memory, engine in re.findall(
-        r"^\| (\d+B) \| (\d) × (\d+) GB \| (\w+) ", readme, re.MULTILINE
-    ):
+        base=str(tmp_path), base_model="", base_commit=None, folder=tmp_path, trained=False,
+        merged=True, on_gpu=True, load_in_4bit=True, lora_rank=16, lora_targets="all-linear",
+        max_length=1536, pairs_per_step=16, rows=[{"prompt_ids": [1]}], sharing=True,
+        tokenizer=types.SimpleNamespace(pad_token_id=0), run=types.SimpleNamespace(stage=Mock()),
+        gather_object=list, np=np, torch=torch, shutil=shutil, order=np.arange(64),
+        shared_tokens=np.full(64, 2 * 1536 - 21), longest_tokens=np.full(64, 1536),
+    )  # fmt: skip
+
+    def plan(model, gpus, memory, engine):
         LlamaConfig(**dict(zip(SHAPE, SHAPES[model], strict=True))).save_pretrained(tmp_path)
-        nb = given | dict(
-            processes=types.SimpleNamespace(num_processes=int(gpus)), sharded=engine == "FSDP"
-        )
-        nb |= dict(memory=MEMORY[memory], dtype=torch.float16 if memory == "16" else torch.bfloat16)
-        for cell in ("base", "memory", "split-of-a-step"):
+        nb = dict(given, processes=types.SimpleNamespace(num_processes=gpus))
+        nb.update(sharded=engine == "FSDP", memory=MEMORY[memory])
+        nb["dtype"] = torch.float16 if memory == "16" else torch.bfloat16
+        for cell in ("base", "skeleton", "memory", "memory-budget", "split-of-a-step"):
             run_cell(cell, nb)
-        split = f"{nb['at_once']} × {nb['each'] // nb['at_once']} × {gpus} | {nb['again']:.0f}"
+        return nb
+
+    return plan
+
+
+def test_the_table_is_the_plan(plan_for):
+    readme = (ROOT / "recipes/more_gpus/README.md").read_text()
+    planned = []
+    machines = re.findall(r"^\| (\d+B) \| (\d) × (\d+) GB \| (\w+) ", readme, re.MULTILINE)
+    for model, gpus, memory, engine in machines:
+        nb = plan_for(model, int(gpus), memory, engine)
+        split = nb["split"]
+        accumulated = nb["pairs_per_process"] // split.pairs_at_once
         planned.append(
-            f"| {model} | {gpus} × {memory} GB | {engine} | {split} | {max(nb['needs']) / 1e9:.1f} GB |"
+            f"| {model} | {gpus} × {memory} GB | {engine} | {split.pairs_at_once} × {accumulated} "
+            f"× {gpus} | {split.checkpointed_layers.mean():.0f} | "
+            f"{(nb['fixed_bytes'] + split.most_bytes) / 1e9:.1f} GB |"
         )
-    assert [line for line in readme.splitlines() if " × " in line and line.startswith("|")][
-        1:
-    ] == planned
+    rows = [line for line in readme.splitlines() if line.startswith("|") and " × " in line]
+    assert rows[1:] == planned

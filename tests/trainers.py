@@ -1,6 +1,10 @@
 """What the tests of training share."""
 
+import json
+
 import torch
+
+from rehearsal.notebook import run_cells
 
 SMALL = dict(
     eval_pairs=8, max_steps=4, warmup_steps=1, pairs_per_step=8, max_length=512, learning_rate=1e-3
@@ -27,9 +31,29 @@ def gradients(model):
 
 def gradient(trainer):
     """The gradient of the adapter on the first four training pairs."""
-    batch = trainer._prepare_inputs(
-        trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
-    )
     trainer.model.train()
-    trainer.compute_loss(trainer.model, batch).backward()
+    trainer.compute_loss(trainer.model, batch_of(trainer)).backward()
     return gradients(trainer.model)
+
+
+def build_trainer(**parameters):
+    """The namespace of a small run that has built its trainer. The base is not asked anything."""
+    nb = run_cells("install", "questions", **{**SMALL, **parameters})
+    nb["before"] = {}
+    return run_cells("training-args", "make-trainer", nb)
+
+
+def train(nb):
+    """Runs the cells of the training, after those that built its trainer."""
+    return run_cells("run-prompts-once", "save", nb)
+
+
+def batch_of(trainer, count=4):
+    """The first training pairs as the trainer's batch."""
+    rows = [trainer.train_dataset[place] for place in range(count)]
+    return trainer._prepare_inputs(trainer.data_collator(rows))
+
+
+def read_record(folder):
+    """The content of a run's run.json."""
+    return json.loads((folder / "run.json").read_text())
