@@ -44,9 +44,6 @@ PARAMETERS = dict(
 REAL = PARAMETERS | dict(base_model=NAME, eval_pairs=32, pairs_per_step=8, max_steps=40)
 REAL |= dict(loss_type="sigmoid+sft")
 SETTINGS = {
-    # Bars and warnings of the libraries would fill the page that is to be read.
-    "TQDM_DISABLE": "1",
-    "PYTHONWARNINGS": "ignore",
     # glibc gives large blocks back to the system at once and asks for them again: half the time on a CPU otherwise.
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
