@@ -181,7 +181,7 @@ def test_peak_memory_under_a_hard_limit(tmp_path):
     make_adapter(base, adapter)
     merged.mkdir()
     command = [sys.executable, "-c", UNDER_A_LIMIT, base, adapter, merged]
-    done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split("\n") == ["in shards", ""], done.stderr[
         -2000:
     ]  # the limit is one: in memory it is passed
