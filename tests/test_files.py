@@ -1,11 +1,13 @@
 """The notebook as a file: folding, widths, pins, format, no outputs, no code from elsewhere."""
 
+import ast
 import re
 import statistics
 import subprocess
 import sys
 
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
 from rehearsal.notebook import CELLS, NOTEBOOK, ROOT, alone
 
@@ -40,6 +42,24 @@ def test_no_visible_line_is_wider_than_100_columns():
         if found:
             wide[cell.id] = found
     assert wide == {}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_text_is_read_and_written_in_utf8(name):
+    """Windows has another encoding by default, in which a template with é or ｜ is not found again."""
+    found = []
+    for call in ast.walk(ast.parse(TransformerManager().transform_cell(CELLS[name]))):
+        if not isinstance(call, ast.Call):
+            continue
+        function = getattr(call.func, "attr", getattr(call.func, "id", ""))
+        if function not in ("open", "opener", "read_text", "write_text"):
+            continue
+        ours = function == "read_text" and isinstance(call.func, ast.Name)  # of the notebook
+        modes = [str(mode.value) for mode in call.args if isinstance(mode, ast.Constant)]
+        encoded = any(keyword.arg == "encoding" for keyword in call.keywords)
+        if not encoded and not ours and not any("b" in mode for mode in modes):
+            found.append(ast.unparse(call))
+    assert found == []
 
 
 def test_install_cell_has_the_pins_of_requirements():

@@ -201,6 +201,8 @@ def seal_a_run():
     for name in ("checkpoint-2", "adapter", "merged"):
         Path("run", name).mkdir(parents=True)
         Path("run", name, "weights.safetensors").write_text("weights")
+    Path("run/checkpoint-2/trainer_state.json").write_text('{"global_step": 2}')
+    for name in ("checkpoint-2", "adapter", "merged"):
         nb["seal"](Path("run", name))
     nb["write_json"](
         Path("run/run.json"),
@@ -336,7 +338,7 @@ class Attack:
     """Unpickled freely, it makes a folder."""
 
     def __reduce__(self):
-        return os.mkdir, ("attacked",)
+        return os.makedirs, ("attacked",)
 
 
 def test_a_program_in_a_pickle_is_not_run(models):

@@ -72,11 +72,11 @@ def test_pairs_that_nothing_shallow_decides_are_not_warned_of(models, capsys):
     nb = audit_texts(models, made_up("nothing"))
     printed = capsys.readouterr().out
     assert 0.2 < nb["shallow"] < 0.8 and "WARNING" not in printed
-    assert "nearly the same: 0%" in printed and "both orders: 0." in printed
+    assert "nearly the same: 0%" in printed and "both orders: 0\n" in printed
 
 
 @pytest.mark.parametrize(
-    "kind, counted", [("both orders", "both orders: 80."), ("nearly the same", "the same: 50%")]
+    "kind, counted", [("both orders", "both orders: 80\n"), ("nearly the same", "the same: 50%")]
 )
 def test_what_the_audit_counts(models, kind, counted, capsys):
     audit_texts(models, made_up(kind))
@@ -197,8 +197,9 @@ SENTENCES = {  # a function of the words, its arguments, and what it says
     "likelier": ("reward", [0.1, 1.5], "is +0.10: they became more likely."),
     "less likely": ("reward", [-0.5, 1.5], "is -0.50: they became less likely."),
     "much less likely": ("reward", [-1.6, 1.5], "more than the gap grew: raise beta"),
-    "as long": ("length", [1.1], "1.1 times as long."),
-    "longer": ("length", [2.0], "length may be what was learnt"),
+    "as long": ("length", [{"a": "x" * 10}, {"a": "x" * 11}], "are 1.1 times as long."),
+    "longer": ("length", [{"a": "x"}, {"a": "xx"}], "2.0 times as long: length may be what was"),
+    "other questions": ("length", [{"a": "x", "b": "xx"}, {"a": "x", "c": "x"}], "are 1.0 times"),
     "merged": ("merge", [1.5, 1.48], "1.50, and 1.48 after the merge."),
     "merged with a loss": ("merge", [1.5, 0.7], "part of it needs the 4-bit base"),
     "nothing to lose": ("merge", [-0.1, -0.12], "-0.10, and -0.12 after the merge."),
@@ -228,8 +229,7 @@ def test_a_merge_that_keeps_a_fifth_or_less_is_lost(margin, merged, lost):
 
 
 def test_answers_stand_under_before_and_after(capsys):
-    answers = {"questions": ["Why?", "New?"], "before": {"Why?": "old"}, "after": {"Why?": "new"}}
-    run_cell("after", answers)
-    first, second = capsys.readouterr().out.split("New?")
-    assert first.split() == ["Why?", "BEFORE", "old", "AFTER", "new"]
-    assert second.count("was not asked") == 2
+    answers = {"before": {"Why?": "old"}, "after": {"Why?": "new"}, "NOT_ASKED": "-"}
+    run_cell("after", answers | {"questions": ["Why?", "New?"]})
+    words = "Why? BEFORE old AFTER new New? BEFORE - AFTER -"
+    assert capsys.readouterr().out.split() == words.split()
