@@ -24,6 +24,7 @@ import pandas as pd
 
 from rehearsal import behaviour
 from rehearsal.hub import Hub
+from rehearsal.page import write_page
 from rehearsal.real import NAME, make_real_model
 from rehearsal.world import make_model, make_pairs
 
@@ -41,12 +42,15 @@ PARAMETERS = dict(
     max_length=256,
 )
 # A real model says neither of a pair's two answers by itself: "+sft" makes it say the chosen one, and not only prefer it.
-REAL = PARAMETERS | dict(base_model=NAME, eval_pairs=32, pairs_per_step=8, max_steps=40)
-REAL |= dict(loss_type="sigmoid+sft")
+REAL = {
+    **PARAMETERS,
+    "base_model": NAME,
+    "eval_pairs": 32,
+    "pairs_per_step": 8,
+    "max_steps": 40,
+    "loss_type": "sigmoid+sft",
+}
 SETTINGS = {
-    # Bars and warnings of the libraries would fill the page that is to be read.
-    "TQDM_DISABLE": "1",
-    "PYTHONWARNINGS": "ignore",
     # glibc gives large blocks back to the system at once and asks for them again: half the time on a CPU otherwise.
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
@@ -54,49 +58,35 @@ SETTINGS = {
 
 
 def run_notebook(folder, environment, **parameters):
-    """Executes the notebook in `folder` as dpo_finetune.ipynb and exports it as HTML; raises if a cell fails.
+    """Executes the notebook in `folder` as dpo_finetune.ipynb and writes it as HTML; raises if a cell fails.
 
     Says each minute how far the training is.
     """
     folder.mkdir(parents=True, exist_ok=True)
     executed = folder / "dpo_finetune.ipynb"
-    options = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        str(NOTEBOOK),
-        str(executed),
-        "--cwd",
-        str(folder),
-        *options,
-    ]
-    process, minutes = subprocess.Popen([*command, "--no-progress-bar"], env=environment), 0
+    command = [sys.executable, "-m", "papermill", str(NOTEBOOK), str(executed)]
+    command += ["--cwd", str(folder), "--no-progress-bar"]
+    for name, value in parameters.items():
+        command += ["-p", name, str(value)]
+    process = subprocess.Popen(command, env=environment)
+    minutes = 0
     while process.poll() is None:
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
-            steps = [
-                int(path.name.partition("-")[2]) for path in folder.glob("*/checkpoint-*[0-9]")
-            ]
-            print(
-                f"{(minutes := minutes + 1)} min, step {max(steps, default=0)} of {parameters['max_steps']}",
-                flush=True,
-            )
+            minutes += 1
+            step = newest_step(folder)
+            print(f"{minutes} min, step {step} of {parameters['max_steps']}", flush=True)
     if process.returncode:
         raise SystemExit(f"A cell of {executed} failed.")
-    export = [
-        sys.executable,
-        "-m",
-        "nbconvert",
-        "--to",
-        "html",
-        "--log-level",
-        "ERROR",
-        str(executed),
-    ]
-    subprocess.run(export, check=True)
+    write_page(executed)
     return executed
+
+
+def newest_step(folder):
+    """The step of the newest checkpoint of a run in `folder`, 0 if there is none."""
+    steps = [int(path.name.partition("-")[2]) for path in folder.glob("*/checkpoint-*[0-9]")]
+    return max(steps, default=0)
 
 
 def rehearse(output, make=make_model, **parameters):
@@ -113,7 +103,7 @@ def rehearse(output, make=make_model, **parameters):
     with Hub(output / "hub") as hub:
         hub.add(parameters["base_model"], made / "model")
         hub.add(DATASET, made / "pairs", repo_type="dataset")
-        environment = os.environ | hub.environment(output / "cache") | SETTINGS
+        environment = {**os.environ, **hub.environment(output / "cache"), **SETTINGS}
         environment.pop("WANDB_API_KEY", None)
         run_notebook(output, environment, output_dir="dpo_run", **parameters)
     return hub
@@ -122,13 +112,12 @@ def rehearse(output, make=make_model, **parameters):
 def summary(output, hub, seconds):
     """Six lines on what the run in `output` came to, read from the record that it left."""
     run = json.loads((output / "dpo_run" / "run.json").read_text())
-    share = {
-        name: f"{scores['chosen likelier per token']:.1%}" for name, scores in run["scores"].items()
-    }
+    share = {}
+    for name, scores in run["scores"].items():
+        share[name] = f"{scores['chosen likelier per token']:.1%}"
     evaluated = [entry for entry in run["history"] if "eval_loss" in entry]
-    losses, accuracies = (
-        [entry[f"eval_{key}"] for entry in evaluated] for key in ("loss", "rewards/accuracies")
-    )
+    losses = [entry["eval_loss"] for entry in evaluated]
+    accuracies = [entry["eval_rewards/accuracies"] for entry in evaluated]
     pushed = len(list(hub.folder(f"{hub.user}/{TUNED}").rglob("*.safetensors")))
     return f"""Pairs:      {sum(run["dropped"].values())} rows dropped; the notebook shows why
 Loss:       held-out, {losses[0]:.4f} before training, {losses[-1]:.4f} after
@@ -180,20 +169,20 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=1, help="of the training with --behaviour")
     parser.add_argument("--picture", type=Path, help="also draw answers and curves into this file")
     arguments = parser.parse_args()
-    start, output = time.time(), arguments.output.resolve()
+    start = time.time()
+    output = arguments.output.resolve()
     if arguments.behaviour:
         output.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | SETTINGS | {"WANDB_MODE": "offline"}
+        environment = {**os.environ, **SETTINGS, "WANDB_MODE": "offline"}
         table = behaviour.measure(run_notebook, environment, output, arguments.seed)
         print(behaviour.in_words(table))
         if arguments.picture:
             behaviour.draw_picture(output, table, arguments.picture)
         sys.exit()
-    hub = (
-        rehearse(output, make_real_model, **REAL)
-        if arguments.real
-        else rehearse(output, **PARAMETERS)
-    )
+    if arguments.real:
+        hub = rehearse(output, make_real_model, **REAL)
+    else:
+        hub = rehearse(output, **PARAMETERS)
     if arguments.picture:
         draw_picture(output, arguments.picture)
     print(summary(output, hub, time.time() - start))

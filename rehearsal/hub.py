@@ -4,8 +4,9 @@ It serves what huggingface_hub, datasets, transformers and peft ask for when the
 listings, LFS uploads, commits and the token check. Repositories lie on disk as plain folders, every commit can be read
 back, and errors carry the headers from which the clients choose their exceptions.
 
-It is not the Hub: one user and one token, models and datasets only, one branch, no pull requests, no search, no Xet, no
-validation of model cards, no .gitattributes in a new repository. Anything else is answered with a 404 that says so.
+It is not the Hub: one user and one token, models and datasets only, one branch, no pull requests, no deletions, no
+gated repositories, no search, no Xet, no validation of model cards, no .gitattributes in a new repository. Anything
+else is answered with a 404 that says so.
 """
 
 import base64
@@ -33,7 +34,6 @@ class Hub:
         # (repo_type, id) -> {"private": bool, "commits": [(oid, title), ...], "trees": {oid: {path: file}}}
         self.repos = {}
         self.uploads = set()  # (repository, sha256) that a client was told to upload
-        self.gated = set()  # (repo_type, id) that this user has not been let into
         self.lock = threading.RLock()
         self.root.mkdir(parents=True, exist_ok=True)
         if (self.root / "hub.json").exists():
@@ -231,11 +231,9 @@ class Handler(BaseHTTPRequestHandler):
         ("GET HEAD", PAGE + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
         ("GET", API + r"(?:/revision/(?P<revision>[^/]+))?", "info"),
         ("GET", API + r"/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", "tree"),
-        ("POST", API + r"/paths-info/(?P<revision>[^/]+)", "paths_info"),
         ("GET", "/api/whoami-v2", "whoami"),
         ("POST", "/api/validate-yaml", "validate_yaml"),
         ("POST", "/api/repos/create", "create"),
-        ("PUT", API + "/settings", "settings"),
         ("POST", API + r"/preupload/(?P<revision>[^/]+)", "preupload"),
         ("POST", PAGE + r"\.git/info/lfs/objects/batch", "lfs_batch"),
         ("PUT", PAGE + r"\.git/info/lfs/objects/(?P<sha256>[0-9a-f]{64})", "lfs_upload"),
@@ -329,13 +327,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def resolve(self, key, revision, path):
         oid, files = self.files(key, revision)
-        if key in self.hub.gated:
-            raise Failure(
-                403,
-                f"Access to {key[0]} {key[1]} is restricted",
-                "GatedRepo",
-                **{"X-Repo-Commit": oid},
-            )
         if path not in files:
             raise Failure(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": oid})
         size = files[path]["size"]
@@ -373,8 +364,7 @@ class Handler(BaseHTTPRequestHandler):
             "sha": oid,
             "private": self.hub.repos[key]["private"],
         }
-        gated = "manual" if key in self.hub.gated else False
-        self.reply({**answer, "gated": gated, "disabled": False, "tags": [], "siblings": siblings})
+        self.reply({**answer, "gated": False, "disabled": False, "tags": [], "siblings": siblings})
 
     def tree(self, key, revision, path=""):
         _, files = self.files(key, revision)
@@ -388,13 +378,6 @@ class Handler(BaseHTTPRequestHandler):
         if path and not entries:
             raise Failure(404, "Entry not found", "EntryNotFound")
         self.reply(list(entries.values()))
-
-    def paths_info(self, key, revision):
-        _, files = self.files(key, revision)
-        paths = [
-            path.rstrip("/") for path in parse_qs(b"".join(self.body).decode()).get("paths", [])
-        ]
-        self.reply([entry for entry in (self.entry(files, path) for path in paths) if entry])
 
     def entry(self, files, path):
         if path in files:
@@ -440,13 +423,6 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.repos[key] = {"private": is_private(asked), "commits": [], "trees": {}}
             self.hub.publish(key, {}, "initial commit")
         self.reply(answer)
-
-    def settings(self, key):
-        repo = self.repository(key, write=True)
-        with self.hub.lock:
-            repo["private"] = is_private(self.read_json(), repo["private"])
-            self.hub.save()
-        self.reply({"private": repo["private"]})
 
     def preupload(self, key, revision):
         self.repository(key, write=True)
@@ -538,17 +514,6 @@ class Handler(BaseHTTPRequestHandler):
                     if not blob.exists():
                         raise Failure(400, "An LFS object of this commit was not uploaded")
                     files[path] = lfs_file(value["oid"], blob.stat().st_size)
-                elif kind in ("deletedFile", "deletedFolder"):
-                    kept = {name: files[name] for name in files if name != path}
-                    if kind == "deletedFolder":
-                        kept = {
-                            name: file
-                            for name, file in kept.items()
-                            if not name.startswith(f"{path}/")
-                        }
-                    if len(kept) == len(files):
-                        raise Failure(404, "A file with this name doesn't exist", "EntryNotFound")
-                    files = kept
                 else:
                     raise Failure(400, "Unknown operation in this commit")
             if not parent.startswith(header.get("parentCommit", "")):
@@ -559,8 +524,8 @@ class Handler(BaseHTTPRequestHandler):
         )
 
 
-def is_private(asked, default=False):
+def is_private(asked):
     """What a request says of visibility: a word from newer clients, a yes or no from older ones."""
     if "visibility" in asked:
         return asked["visibility"] == "private"
-    return asked.get("private", default)
+    return asked.get("private", False)

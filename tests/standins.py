@@ -45,8 +45,18 @@ MISTRAL_INSTRUCT = (
     "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
+DATED = CHATML.replace("{% for", "{{ strftime_now('%d %b %Y') }}{% for", 1)
+# Opens a reasoning when asked, unless enable_thinking is false.
+SWITCHED = DATED.replace(
+    "assistant\\n'", "assistant\\n' + ('' if enable_thinking is false else '<think>')"
+)
 # What Llama 3 and Qwen take for words.
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Made by transformers 4.57 from OpenHermes' files, slow and fast alike: how that model was trained. The first id is bos.
+CHAT = "<|im_start|>system\nHi  you<|im_end|>\n<|im_start|>user\n def f():\n    x<|im_end|>\n<|im_start|>assistant\n"
+TRUE_IDS = [int(i) for i in (
+    "1 32001 1587 13 23809 28705 368 32000 28705 13 32001 2188 13 801 285 5888 13 2287 1318 32000 28705 13 32001 13892 13"
+).split()]  # fmt: skip
 SIZE = dict(
     hidden_size=64,
     intermediate_size=128,

@@ -1,18 +1,14 @@
 """What is trained is written through the chat template, begins and ends once, and is what will be asked."""
 
-import os
 import re
-import shutil
-from datetime import date
-from itertools import cycle
-from pathlib import Path
 
 import pytest
 import standins
-from standins import CHATML, MISTRAL_INSTRUCT
+from rows import ANSWERS, pair, read, talk
+from standins import CHATML, DATED, MISTRAL_INSTRUCT
 from transformers import AutoTokenizer
 
-from rehearsal.notebook import alone, run_cell, run_cells
+from rehearsal.notebook import alone
 
 TEMPLATES = {
     name: text for name, text in standins.TEMPLATES.items() if not name.endswith("_training")
@@ -38,11 +34,6 @@ SKIPPING = CHATML.replace("messages %}", "messages if message['content'] != '42'
 OPENING = CHATML.replace(
     "assistant\\n' }}", "assistant\\n' }}{% if messages | length > 1 %}{{ 'So' }}{% endif %}"
 )
-DATED = CHATML.replace("{% for", "{{ strftime_now('%d %b %Y') }}{% for", 1)
-SWITCHED = DATED.replace(
-    "assistant\\n'", "assistant\\n' + ('' if enable_thinking is false else '<think>')"
-)
-ANSWERS = ("It flies.", "A stone.")
 REASONED = ("<think>\nHm.\n</think>\n\nIt flies.", "<think>\nHo.\n</think>\n\nA stone.")
 BEE = "<|im_start|>user\nA bee?<|im_end|>\n<|im_start|>assistant\nIt flies.<|im_end|>"
 BRIEF = f"<|im_start|>system\nBe brief.<|im_end|>\n{BEE}"
@@ -100,47 +91,18 @@ def base(folder, template, bos="<s>"):
     return str(folder)
 
 
-def talk(*texts, system=None):
-    turns = [
-        {"role": role, "content": text}
-        for role, text in zip(cycle(["user", "assistant"]), texts, strict=False)
-    ]
-    return [{"role": "system", "content": system}] * bool(system) + turns
-
-
-def pair(*texts, answers=ANSWERS, system=None):
-    return {"prompt": talk(*texts, system=system), "chosen": answers[0], "rejected": answers[1]}
-
-
-def read(base_model, *pairs):
-    """The namespace after the cells that read pairs and write them through the template."""
-    nb = dict(
-        base_model=base_model,
-        base_revision=None,
-        raw=list(pairs),
-        max_length=3000,
-        run={"day": "2026-01-02"},
-    )
-    nb = run_cells("read-pair", "rows", nb | dict(os=os, date=date, Path=Path))
-    return nb | {"rows": [*nb["pairs"].values()]}
-
-
 def squeezed(text):
     return "".join(text.split())
 
 
 def check(nb, row, pair):
     """That a pair is trained as its row says it, and as the model will be asked."""
-    tokenizer, turns, prompt = (
-        nb["tokenizer"],
-        nb["fold_system"](pair["prompt"]),
-        list(row["prompt_ids"]),
-    )
+    tokenizer, prompt = nb["tokenizer"], list(row["prompt_ids"])
+    turns = nb["fold_system"](pair["prompt"], nb["chat"].takes_system)
     assert prompt == tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
-    assert all(
-        squeezed(turn["content"]) in squeezed(tokenizer.decode(prompt)) for turn in pair["prompt"]
-    )
-    if nb["begins"]:
+    written = squeezed(tokenizer.decode(prompt))
+    assert all(squeezed(turn["content"]) in written for turn in pair["prompt"])
+    if nb["chat"].begins:
         assert prompt[0] == tokenizer.bos_token_id not in prompt[1:]
     for name in ("chosen", "rejected"):
         ids, turn = list(row[f"{name}_ids"]), {"role": "assistant", "content": pair[name]}
@@ -149,9 +111,13 @@ def check(nb, row, pair):
         assert whole[: len(prompt + ids) - 1] == (prompt + ids)[:-1]
         asked = tokenizer.decode(prompt).rpartition(turns[-1]["content"])[2] + tokenizer.decode(ids)
         assert squeezed(pair[name]) in squeezed(asked)
-        assert asked.count("<think>") == asked.count("</think>") <= 1, (
-            "the template's reasoning besides the row's"
-        )
+        reasonings = asked.count("<think>"), asked.count("</think>")
+        assert reasonings in ((0, 0), (1, 1)), "the template's reasoning besides the row's"
+
+
+def kept(nb):
+    """The pairs of token ids that were kept, in the order of their rows."""
+    return list(nb["pairs"].values())
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -159,19 +125,19 @@ def test_what_is_written(name, models, tmp_path):
     template, bos, end = WRITTEN[name]
     pairs = [pair("A bee?", system="Be brief."), pair("A bee?", "An insect.", "A bird?")]
     nb = read(base(tmp_path, template, bos) if template else models[name], *pairs)
-    for row, given in zip(nb["rows"], pairs, strict=True):
+    for row, given in zip(kept(nb), pairs, strict=True):
         check(nb, row, given)
-    ids = [*nb["rows"][0]["prompt_ids"], *nb["rows"][0]["chosen_ids"]]
+    ids = [*kept(nb)[0]["prompt_ids"], *kept(nb)[0]["chosen_ids"]]
     expected = nb["tokenizer"].encode(end, add_special_tokens=False)
     assert ids[-len(expected) :] == expected
 
 
 def test_a_greeting_stays_the_assistants(models):
     """Where a system turn before it has no place of its own."""
-    fold_system = read(models["mistral-instruct"], pair("A bee?"))["fold_system"]
-    turns = fold_system(
-        [*talk(system="Be brief."), {"role": "assistant", "content": "Hello."}, *talk("A bee?")]
-    )
+    nb = read(models["mistral-instruct"], pair("A bee?"))
+    greeting = {"role": "assistant", "content": "Hello."}
+    turns = [*talk(system="Be brief."), greeting, *talk("A bee?")]
+    turns = nb["fold_system"](turns, nb["chat"].takes_system)
     assert [turn["role"] for turn in turns if "Hello." in turn["content"]] == ["assistant"]
 
 
@@ -182,7 +148,7 @@ def test_a_tokenizer_that_pads_and_truncates_by_itself(models, tmp_path):
     tokenizer.backend_tokenizer.enable_padding()
     tokenizer.save_pretrained(tmp_path)
     nb = read(str(tmp_path), pair("A bee?", system="Be brief. " * 9))
-    check(nb, nb["rows"][0], pair("A bee?", system="Be brief. " * 9))
+    check(nb, kept(nb)[0], pair("A bee?", system="Be brief. " * 9))
     expected = nb["encode"](nb["tokenizer"], talk("A bee?"), *ANSWERS, 3000)
     nb["tokenizer"]("A bee?", truncation=True, padding="max_length", max_length=8)
     assert nb["encode"](nb["tokenizer"], talk("A bee?"), *ANSWERS, 3000) == expected
@@ -241,11 +207,11 @@ def test_every_template_of_trl(name, reasoning, tmp_path):
     if (
         name in REFUSED or reasoning and name == "qwen3_8"
     ):  # which takes a reasoning in a field of its own
-        with pytest.raises(AssertionError, match="chat template" if name in REFUSED else "No row"):
+        with pytest.raises(ValueError, match="chat template" if name in REFUSED else "No row"):
             read(base(tmp_path, TEMPLATES[name]), *pairs)
         return
     nb = read(base(tmp_path, TEMPLATES[name]), *pairs)
-    for row in nb["rows"]:
+    for row in kept(nb):
         asked = nb["tokenizer"].decode(row["prompt_ids"])
         check(
             nb,
@@ -271,17 +237,3 @@ def test_a_reasoning_is_opened_where_the_answers_hold_one(name, tmp_path):
         tokenizer = read(str(tmp_path), pair("A bee?", answers=answers))["tokenizer"]
         assert ask(tokenizer) == ask(original, enable_thinking=mode)
         assert ask(tokenizer, enable_thinking=not mode) == ask(original, enable_thinking=not mode)
-
-
-def test_the_merged_model_is_asked_as_was_trained(models, prepare, tmp_path):
-    """By its saved template: with bos, in the mode that was trained, and with the date of the day when it is asked."""
-    folder = shutil.copytree(models["chatml"], tmp_path / "base")
-    (folder / "chat_template.jinja").write_text(SWITCHED)
-    nb = prepare(str(folder))
-    nb["trainer"].save_model(str(nb["adapter_dir"]))
-    run_cell("merge", nb)
-    saved = AutoTokenizer.from_pretrained(nb["merged_dir"])
-    turns, *_ = nb["read_pair"](nb["raw"][0])
-    asked = saved.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
-    assert asked == nb["rows"][0]["prompt_ids"] and asked[0] == saved.bos_token_id not in asked[1:]
-    assert saved.eos_token == "<|im_end|>" and "strftime_now" in saved.chat_template

@@ -1,6 +1,5 @@
 """What users get wrong ends in one sentence before the weights are loaded, and harms nothing that is on disk."""
 
-import ast
 import json
 import os
 import pickle
@@ -149,10 +148,10 @@ CASES = [
     case(
         "no chat template", "tokenizer", "no chat template", model=[remove("chat_template.jinja")]
     ),
-    case("pad", "check-rows", "no embedding", model=[add(pad_token="<pad>")]),
+    case("pad", "base", "no embedding", model=[add(pad_token="<pad>")]),
     case(
         "any token",
-        "check-rows",
+        "base",
         "no embedding",
         model=[add(additional_special_tokens=["Licensor"])],
     ),
@@ -202,6 +201,8 @@ def seal_a_run():
     for name in ("checkpoint-2", "adapter", "merged"):
         Path("run", name).mkdir(parents=True)
         Path("run", name, "weights.safetensors").write_text("weights")
+    Path("run/checkpoint-2/trainer_state.json").write_text('{"global_step": 2}')
+    for name in ("checkpoint-2", "adapter", "merged"):
         nb["seal"](Path("run", name))
     nb["write_json"](
         Path("run/run.json"),
@@ -220,7 +221,7 @@ def stop(models, **changes):
         **changes,
     }
     with pytest.raises(Exception) as found:
-        run_cells("install", list(CELLS)[list(CELLS).index("train") - 1], **parameters)
+        run_cells("install", list(CELLS)[list(CELLS).index("load") - 1], **parameters)
     frames = traceback.extract_tb(found.value.__traceback__)
     return found.value, next(frame.filename for frame in frames if frame.filename in CELLS)
 
@@ -249,52 +250,47 @@ def test_a_mounted_drive_is_written_to(monkeypatch):
         run_cells("install", "state", output_dir="/content/drive/of-nobody")
 
 
-PARAMETERS = {  # a parameter's kind, what a YAML file, a form or a command line makes of it, and what is meant
-    "rate": (float, ["5e-5", 5e-5, " 0.00005 "], 5e-5),
-    "steps": (int, [200, "200", 200.0, "2e2"], 200),
-    "beta": (float, [1, "1", 1.0], 1.0),
-    "off": (bool, [False, "false", "False", 0, "0"], False),
-    "on": (bool, [True, "true", "TRUE", 1], True),
-    "revision": (str, ["1234567", 1234567], "1234567"),
-    "empty": (str, ["", None, " "], ""),
+MEANT = {  # a parameter, what a YAML file, a form or a command line makes of it, and what is meant
+    "rate": ("learning_rate", ["5e-5", 5e-5, " 0.00005 "], 5e-5),
+    "steps": ("max_steps", [200, "200", 200.0, "2e2"], 200),
+    "whole number for a number": ("beta", [1, "1", 1.0], 1.0),
+    "off": ("push_to_hub", [False, "false", "False"], False),
+    "on": ("push_to_hub", [True, "true", "TRUE"], True),
+    "digits of a commit": ("base_revision", ["1234567", 1234567], "1234567"),
+    "nothing": ("base_revision", ["", None], ""),
 }
-NO_PARAMETERS = {  # a kind, and what cannot be meant
-    float: ["five", "0,1", "", None, True, [1]],
-    int: ["4.5", 4.5, float("inf"), float("nan"), "1,000", False, None],
-    bool: ["maybe", 2, None, ""],
-    str: [1e5, True, ["a"]],
+NOT_MEANT = {  # a parameter, and values that it cannot have
+    "learning_rate": ["five", "0,1", "", None, [1]],
+    "max_steps": ["4.5", 4.5, float("inf"), float("nan"), "1,000", None],
+    "push_to_hub": ["maybe", 2, None, ""],
 }
-wired = pytest.mark.skipif(
-    "read_parameters" not in CELLS["machine"], reason="the notebook has no read_parameters"
-)
 
 
-def read_parameters():
-    """The function of the notebook that reads parameters, alone."""
-    found = [node for node in ast.parse(CELLS["machine"]).body if isinstance(node, ast.FunctionDef)]
-    namespace = {}
-    exec(compile(ast.Module(found, []), "machine", "exec"), namespace)
-    return namespace["read_parameters"]
+@pytest.fixture(scope="module")
+def machine():
+    """The namespace of the machine's cell, on the defaults."""
+    return run_cells("parameters", "machine")
 
 
-@wired
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_a_parameter_is_the_number_that_is_meant(name):
-    kind, values, meant = PARAMETERS[name]
+def read_parameters(machine, **values):
+    return machine["read_parameters"](machine | values)
+
+
+@pytest.mark.parametrize("kind", MEANT)
+def test_a_parameter_is_read_as_what_is_meant(kind, machine):
+    name, values, meant = MEANT[kind]
     for value in values:
-        (read,) = read_parameters()({"p": value}, {"p": kind}).values()
-        assert read == meant and type(read) is kind
+        read = read_parameters(machine, **{name: value})[name]
+        assert read == meant and type(read) is type(meant)
 
 
-@wired
-@pytest.mark.parametrize("kind", NO_PARAMETERS, ids=str)
-def test_a_parameter_that_is_none_is_refused_in_a_sentence(kind):
-    for value in NO_PARAMETERS[kind]:
-        with pytest.raises(ValueError, match=re.escape(f"some_rate = {value!r} has to be ")):
-            read_parameters()({"some_rate": value}, {"some_rate": kind})
+@pytest.mark.parametrize("name", NOT_MEANT)
+def test_a_parameter_that_cannot_be_read_is_refused_in_a_sentence(name, machine):
+    for value in NOT_MEANT[name]:
+        with pytest.raises(ValueError, match=re.escape(f"{name} = {value!r} has to be ")):
+            read_parameters(machine, **{name: value})
 
 
-@wired
 def test_parameters_of_a_yaml_file():
     """YAML 1.1 reads text where the point is missing, and papermill passes it on."""
     given = yaml.safe_load(
@@ -322,7 +318,7 @@ ROOM = {  # what is asked for it, what that says, the cell that stops, its sente
         "psutil.virtual_memory",
         SimpleNamespace(available=1e5),
         "split-of-a-step",
-        "GB: lower max_length",
+        "Not even one pair fits: lower max_length",
     ),
 }
 
@@ -342,7 +338,7 @@ class Attack:
     """Unpickled freely, it makes a folder."""
 
     def __reduce__(self):
-        return os.mkdir, ("attacked",)
+        return os.makedirs, ("attacked",)
 
 
 def test_a_program_in_a_pickle_is_not_run(models):
@@ -353,7 +349,7 @@ def test_a_program_in_a_pickle_is_not_run(models):
     Path("model/model.safetensors").unlink()
     torch.save({**weights, "attack": Attack()}, "model/pytorch_model.bin")
     with pytest.raises(Exception, match="(?i)weights"):
-        run_cells("install", "train", **SMALL, base_model="model", dataset_id="good.jsonl")
+        run_cells("install", "load", **SMALL, base_model="model", dataset_id="good.jsonl")
     assert not Path("attacked").exists()
 
 
@@ -382,5 +378,5 @@ def test_a_run_keeps_to_the_commits_that_it_began_with(hub, models):
     publish("b", "llama3")
     assert commits(output_dir="run") == "aa" and commits(output_dir="new") == "bb"
     assert commits(output_dir="pinned", base_revision="a" * 40) == "ab"
-    with pytest.raises(AssertionError, match="dataset_revision.*another output_dir"):
+    with pytest.raises(ValueError, match="dataset_revision.*another output_dir"):
         commits(output_dir="run", dataset_revision="b" * 40)

@@ -11,10 +11,11 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from standins import SWITCHED
 from trainers import SMALL, perturb
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rehearsal.notebook import ROOT, alone, run_cell, run_cells
+from rehearsal.notebook import ROOT, alone, run_cells
 
 ROOMY, TIGHT = 1e12, 0  # bytes of free memory, enough for a merge in memory and not
 
@@ -38,23 +39,22 @@ def base(models, tmp_path):
 
 @pytest.fixture
 def merge(pairs_file, tmp_path):
-    """Runs the notebook up to its merge, with an adapter as if trained, and returns the merged model's folder."""
+    """Runs the notebook up to its merge, with an adapter as if trained: the namespace after it."""
 
     def run(base, free, name="run"):
         sources = dict(base_model=str(base), dataset_id=pairs_file, output_dir=str(tmp_path / name))
-        nb = run_cells("install", "rows", **{**SMALL, **sources})
+        nb = run_cells("install", "base", **{**SMALL, **sources})
         make_adapter(base, nb["adapter_dir"])
+        nb["run"]["trained"] = SMALL["max_steps"]
         nb["free_memory"] = lambda: free
         nb["merged_dir"].mkdir()
-        (nb["merged_dir"] / "model-00007-of-00008.safetensors").write_text(
-            "of a merge that was cut"
-        )
+        of_a_cut_merge = nb["merged_dir"] / "model-00007-of-00008.safetensors"
+        of_a_cut_merge.write_text("half")
         original = [path.read_bytes() for path in Path(base).glob("*.safetensors")]
-        run_cell("merge-in-shards", nb)
-        run_cell("merge", nb)
+        run_cells("merge-in-shards", "merge", nb)
         assert original == [path.read_bytes() for path in Path(base).glob("*.safetensors")]
         assert nb["run"]["merged"] == SMALL["max_steps"] and nb["is_whole"](nb["merged_dir"])
-        return nb["merged_dir"]
+        return nb
 
     return run
 
@@ -88,7 +88,10 @@ def test_bit_equal_to_the_merge_in_memory(models, base, merge, family):
     elif family not in models:  # transformers takes the single file
         index = dict.fromkeys(tensors(base), "model-00001-of-00001.safetensors")
         (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    whole, shards = merge(base, ROOMY, "whole"), merge(base, TIGHT, "shards")
+    whole, shards = [
+        merge(base, free, name)["merged_dir"]
+        for free, name in ((ROOMY, "whole"), (TIGHT, "shards"))
+    ]
     assert weights(whole) == weights(shards)
     before, after = (
         AutoModelForCausalLM.from_pretrained(f, dtype=torch.float16).state_dict()
@@ -134,7 +137,7 @@ def test_a_base_that_cannot_be_merged_in_shards_ends_in_one_sentence(base, merge
     else:
         torch.save(tensors(base), base / "pytorch_model.bin")
         (base / "model.safetensors").unlink()
-    with pytest.raises((AssertionError, OSError), match=says):
+    with pytest.raises((ValueError, OSError), match=says):
         merge(base, TIGHT)
     if kind == "no safetensors":
         assert merge(base, ROOMY, "roomy")
@@ -142,7 +145,7 @@ def test_a_base_that_cannot_be_merged_in_shards_ends_in_one_sentence(base, merge
 
 def test_a_base_with_float32_parts_is_merged_in_memory(models, merge, monkeypatch):
     monkeypatch.setattr("transformers.Qwen2ForCausalLM._keep_in_fp32_modules", ["norm"])
-    merged = tensors(merge(models["qwen"], TIGHT))
+    merged = tensors(merge(models["qwen"], TIGHT)["merged_dir"])
     assert merged["model.norm.weight"].dtype == torch.float32
     assert merged["model.layers.0.mlp.up_proj.weight"].dtype == torch.float16
 
@@ -178,7 +181,7 @@ def test_peak_memory_under_a_hard_limit(tmp_path):
     make_adapter(base, adapter)
     merged.mkdir()
     command = [sys.executable, "-c", UNDER_A_LIMIT, base, adapter, merged]
-    done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split("\n") == ["in shards", ""], done.stderr[
         -2000:
     ]  # the limit is one: in memory it is passed
@@ -196,8 +199,31 @@ def test_what_is_saved_with_the_weights(base, merge, free, settings):
     (base / "generation_config.json").unlink()
     if settings:
         (base / "generation_config.json").write_text(json.dumps(settings))
-    merged = merge(base, free)
+    merged = merge(base, free)["merged_dir"]
     generation = transformers.GenerationConfig.from_pretrained(merged)
     assert generation.eos_token_id == ([0, 2, 5] if settings else [2])
     assert generation.temperature == (0.3 if settings else None)
     assert AutoTokenizer.from_pretrained(merged).eos_token == "<|im_end|>"
+
+
+def test_the_merged_model_is_asked_as_was_trained(models, merge, tmp_path):
+    """By its saved template: begun and in the mode as trained, with the date of the day of asking."""
+    base = shutil.copytree(models["chatml"], tmp_path / "base")
+    (base / "chat_template.jinja").write_text(SWITCHED)
+    nb = merge(base, ROOMY)
+    saved = AutoTokenizer.from_pretrained(nb["merged_dir"])
+    turns, *_ = nb["read_pair"](nb["raw"][0])
+    asked = saved.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    assert asked == nb["rows"][0]["prompt_ids"] and asked[0] == saved.bos_token_id not in asked[1:]
+    assert saved.eos_token == "<|im_end|>" and "strftime_now" in saved.chat_template
+
+
+@pytest.mark.parametrize("free", [ROOMY, TIGHT], ids=["in memory", "in shards"])
+def test_a_weight_beyond_fp16_stops_the_merge(base, merge, free):
+    """Instead of a model of infinities; the adapter is what can be used then."""
+    weights = tensors(base)
+    weights["model.norm.weight"] = weights["model.norm.weight"].float()
+    weights["model.norm.weight"][0] = 1e5
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="FP16 overflowed: use the adapter"):
+        merge(base, free)

@@ -2,14 +2,11 @@
 
 import gzip
 import json
-import os
 import unicodedata
 from contextlib import nullcontext
-from datetime import date
 from functools import partial
 from types import SimpleNamespace
 
-import numpy as np
 import pandas as pd
 import pytest
 import standins
@@ -17,9 +14,9 @@ from conftest import FAMILIES, some_pairs
 from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_chat import read
+from rows import read
 
-from rehearsal.notebook import CELLS, alone, run_cell, run_cells
+from rehearsal.notebook import CELLS, alone, run_cells
 
 QUESTION, TEXTS = "What is a bee?\nOne line.", {"chosen": "An insect.", "rejected": " A bird."}
 PLAIN, YZ = {"prompt": QUESTION, **TEXTS}, {"chosen": "Y", "rejected": "Z"}
@@ -115,7 +112,10 @@ LAYOUTS = {  # the turns that a row is read into, and the row
     ),
     "transcript, prompt": (EARLIER, {"prompt": TALK, **TEXTS}),
     "transcript, a turn a line": (EARLIER, {"prompt": TALK.replace("\n\n", "\n"), **TEXTS}),
-    "transcript, User": (USER, {"prompt": f"User: {QUESTION}\nAssistant:", **TEXTS}),
+    "transcript, User": (
+        EARLIER,
+        {"prompt": f"User: Hi.\n\nAssistant: Hello.\nUser: {QUESTION}\nAssistant:", **TEXTS},
+    ),
     "Llama 2": (USER, ended(f"<s>[INST] {QUESTION} [/INST]", " </s>")),
     "Llama 2, system": (
         SYSTEM + USER,
@@ -157,6 +157,27 @@ LAYOUTS = {  # the turns that a row is read into, and the row
         ended(
             f"<bos><start_of_turn>user\n{QUESTION}<end_of_turn>\n<start_of_turn>model\n",
             "<end_of_turn>\n",
+        ),
+    ),
+    "Gemma 4": (
+        USER,
+        ended(f"<bos><|turn>user\n{QUESTION}<turn|>\n<|turn>model\n", "<turn|>\n"),
+    ),
+    "Llama 4": (
+        USER,
+        ended(f"<|header_start|>user<|header_end|>\n\n{QUESTION}<|eot|>", "<|eot|>"),
+    ),
+    "Granite": (
+        USER,
+        ended(
+            f"<|start_of_role|>user<|end_of_role|>{QUESTION}<|end_of_text|>\n",
+            "<|end_of_text|>",
+        ),
+    ),
+    "DeepSeek": (
+        USER,
+        ended(
+            f"<｜begin▁of▁sentence｜><｜User｜>{QUESTION}<｜Assistant｜>", "<｜end▁of▁sentence｜>"
         ),
     ),
     "Alpaca": (USER, ended(f"{ALPACA}{QUESTION}\n\n### Response:\n", "</s>")),
@@ -255,7 +276,8 @@ UNREADABLE = {  # the layout of the rows around it, the row, and a word of the r
 
 
 def find_markup(*rows):
-    return run_cell("find-markup", alone("read-pair") | {"raw": rows})
+    """The namespace after the cells that look at a whole set for its markup and its troubles."""
+    return run_cells("find-markup", "odd-pairs", alone("read-pair") | {"raw": rows})
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -327,7 +349,7 @@ def test_answers_that_repeat_the_prompt_are_cut(capsys):
     assert read_pair(repeating(6)[-1], *options)[1:] == ("Why not? Yes.", "Why 3? No.")
     nb = find_markup(*repeating(4))
     options = nb["markup"], nb["columns"], nb["cut_prompt"]
-    assert "cut" not in capsys.readouterr().out
+    assert "50% of the rows" in capsys.readouterr().out
     assert nb["read_pair"](repeating(4)[0], *options)[1:] == ("Why 0? Yes.", "Why 0?\nNo.")
 
 
@@ -345,10 +367,10 @@ def test_swapped_scores_are_counted(kind, capsys):
     rows = [{**PLAIN, **dict(zip(names, values, strict=True))} for values in scores]
     nb = find_markup(*rows)
     printed = capsys.readouterr().out
-    assert f"Warning: {swapped} rows" in printed if swapped else "Warning" not in printed
-    assert (names[0] in printed) == (kind == "lengths"), (
-        "a score is read, and is no column that is not used"
-    )
+    assert f"below the rejected one in {swapped} rows" in printed
+    assert ("WARNING" in printed) == (swapped > 0)
+    score_is_read = f"{names[0]}," not in printed.partition("not used:")[2]
+    assert score_is_read == (kind != "lengths")
     if kind == "numbers":
         assert nb["swapped_scores"](Dataset.from_list(rows)) == swapped
 
@@ -388,29 +410,27 @@ COMPARISONS = {  # rows that hold no pairs, and words of the sentence
 @pytest.mark.parametrize("kind", COMPARISONS)
 def test_what_holds_no_pairs_is_refused_in_a_sentence(kind):
     row, words = COMPARISONS[kind]
-    with pytest.raises(AssertionError, match=words) as error:
+    with pytest.raises(ValueError, match=words) as error:
         find_markup(row, row)
     asked = kind in ("one answer", "names", "one column", "empty column")
     assert asked or "recipes/make_pairs/from_comparisons.py" in str(error.value)
     assert find_markup(row, PLAIN)["markup"] is None, "one row with a pair is enough"
 
 
-def test_columns_with_other_names(models, monkeypatch):
+def test_columns_with_other_names(models, monkeypatch, capsys):
     """As a reader names them, in the cell that says where."""
-    reader = (
-        'columns["prompt"], columns["chosen"], columns["rejected"] = ["Ask"], ["good"], ["bad"]'
-    )
-    line = "columns = dict(COLUMNS)\n"
-    monkeypatch.setitem(
-        CELLS, "find-markup", CELLS["find-markup"].replace(line, line + reader + "\n")
-    )
+    reader = 'columns.update(prompt=["Ask"], chosen=["good"], rejected=["bad"])'
+    line, changed = CELLS["find-markup"].split("\n", 1)
+    assert line.startswith("columns = dict(COLUMNS)")
+    monkeypatch.setitem(CELLS, "find-markup", f"{line}\n{reader}\n{changed}")
     rows = [
         {"ask": f"{i}?", "good": "Yes.", "bad": "No.", "prompt": "x", "chosen": "y"}
         for i in range(3)
     ]
     nb = read(models["qwen"], *rows)
-    assert len(nb["rows"]) == 3 and nb["unused"] == ["chosen", "prompt"]
-    assert nb["tokenizer"].decode(nb["rows"][2]["prompt_ids"]).count("2?") == 1
+    assert len(nb["pairs"]) == 3 and "not used: chosen, prompt\n" in capsys.readouterr().out
+    asked = nb["tokenizer"].decode(list(nb["pairs"].values())[2]["prompt_ids"])
+    assert asked.count("2?") == 1
     assert nb["COLUMNS"]["chosen"][0] == "chosen", "another set is read as ever"
 
 
@@ -421,16 +441,31 @@ def test_pairs_of_one_question_are_known_by_their_turns(models):
         for system in ("", "Be brief.")
         for answers in (TEXTS, YZ)
     ]
-    first, *others = read(models["qwen"], *rows, PLAIN)["questions"]
+    first, *others = read(models["qwen"], *rows, PLAIN)["questions_asked"]
     assert others[:3] == [first] * 3 and others[3] != first
 
 
-def test_columns_that_are_not_used_are_named(capsys):
-    judged = {"status": "tie", "chosen_score": 9, "in_gsm8k_train": False}
-    find_markup({**LAYOUTS["instruction"][1], "context": "The shelf.", "images": None, **judged})
-    find_markup({**PLAIN, "input": "Yes", "question": "Hi", "status": "tie"})
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.endswith(": context, images.") and second.endswith(": input, prompt, status.")
+NOT_USED = {  # columns of a row, and those that are named as not used
+    "of Alpaca": (
+        {**LAYOUTS["instruction"][1], "context": "The shelf.", "images": None},
+        "context, images",
+    ),
+    "a second question": (
+        {**PLAIN, "input": "Yes", "question": "Hi", "status": "tie"},
+        "input, prompt, status",
+    ),
+    "judged": (
+        {**PLAIN, "status": "tie", "chosen_score": 9, "in_gsm8k_train": False},
+        "none",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_USED)
+def test_columns_that_are_not_used_are_named(kind, capsys):
+    row, names = NOT_USED[kind]
+    find_markup(row)
+    assert f"Columns not used: {names}\n" in capsys.readouterr().out
 
 
 ROWS = [  # text to the last of them
@@ -497,6 +532,10 @@ BROKEN_FILES = {  # bytes, and words of the sentence
         b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
         "line 1 .*git-lfs",
     ),
+    "lfs.parquet": (
+        b"version https://git-lfs.github.com/spec/v1\n",
+        "lfs.parquet is no parquet file",
+    ),
     "page.json": (b"<!DOCTYPE html>\n<html>", "page.json, line 1 .*DOCTYPE"),
     "later.jsonl": (b'{"a": 1}\n{"a": 2}\n[1]\n', r"later.jsonl, line 3 .*\[1\]"),
     "pairs.txt": (b"{}", "pairs.txt has to end in .jsonl"),
@@ -519,27 +558,38 @@ def test_an_object_that_holds_no_columns_is_a_row(tmp_path):
         assert load(tmp_path / f"{i}.json") == [row]
 
 
-def test_broken_unicode_in_the_first_row(models, tmp_path, capsys):
-    """Is shown escaped, dropped and counted; long values are cut where they are shown."""
-    rows = [
-        {**PLAIN, "chosen": "Ab\ud83d"},
-        {**PLAIN, "rejected": "\udc00"},
-        {**PLAIN, "prompt": "x" * 1000},
-    ]
+def first_row(rows, tmp_path):
+    """The namespace after the first row of a file with these rows was shown."""
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    nb = dict(
-        base_model=models["qwen"], base_revision=None, max_length=3000, run={"day": "2026-01-02"}
-    )
-    nb |= dict(dataset_id=str(tmp_path / "pairs.jsonl"), dataset_revision=None, os=os, date=date)
+    nb = dict(dataset_id=str(tmp_path / "pairs.jsonl"), dataset_commit=None)
     nb["processes"] = SimpleNamespace(main_process_first=nullcontext)
-    run_cells("load-pairs", "rows", nb)
+    return run_cells("load-pairs", "first-row", nb)
+
+
+def test_broken_unicode_in_the_first_row_is_shown_escaped(tmp_path, capsys):
+    first_row([{**PLAIN, "chosen": "Ab\ud83d"}], tmp_path)
     printed = capsys.readouterr().out
     printed.encode("utf-8")
-    assert "chosen: Ab\\ud83d\n" in printed and len(nb["pairs"]) == 1
+    assert "chosen: Ab\\ud83d\n" in printed
+
+
+@pytest.mark.parametrize("length, shown", [(400, "x" * 400), (401, "x" * 400 + " …")])
+def test_the_first_row_is_cut_to_400_characters(length, shown, tmp_path, capsys):
+    first_row([{**PLAIN, "prompt": "x" * length}], tmp_path)
+    assert f"prompt: {shown}\n" in capsys.readouterr().out
+
+
+def test_broken_unicode_is_dropped_and_counted(models):
+    nb = read(
+        models["qwen"], {**PLAIN, "chosen": "Ab\ud83d"}, {**PLAIN, "rejected": "\udc00"}, PLAIN
+    )
     assert dict(nb["dropped"]) == {"broken Unicode, half of a surrogate pair": 2}
-    assert nb["shown"]("x" * 401) == "x" * 400 + " …" and nb["shown"]("x" * 400) == "x" * 400
-    run_cell("first-row", nb | {"load_pairs": lambda *_: rows[::-1]})
-    assert max(map(len, capsys.readouterr().out.split())) == 400
+    assert len(nb["pairs"]) == 1
+
+
+def test_no_row_that_can_be_read_ends_in_one_sentence(models):
+    with pytest.raises(ValueError, match="No row can be used.*a question that is missing"):
+        read(models["qwen"], {**PLAIN, "prompt": " "}, {**PLAIN, "prompt": ""})
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
@@ -594,37 +644,19 @@ def test_set_on_the_hub(tmp_path):
             assert load(f"some/more:{name}")[0]["prompt"].startswith(f"{name}-train")
 
 
-QUESTIONS = [i % 20 if i < 60 else i for i in range(100)]
+QUESTIONS = [i % 20 if i < 60 else i for i in range(100)]  # 60 of the pairs over 20 questions
 
 
-def split_and_order(**changes):
-    """100 pairs, 60 of them over 20 questions, split and put in order: the namespace."""
-    sizes = np.random.default_rng(0).integers(10, 99, 100)
-    nb = {
-        "questions": QUESTIONS,
-        "rows": QUESTIONS,
-        "once": sizes,
-        "longest": sizes,
-        "share_prompt": True,
-    }
-    nb |= {
-        "processes": SimpleNamespace(num_processes=1),
-        "seed": 0,
-        "eval_pairs": 20,
-        "pairs_per_step": 8,
-    }
-    nb = run_cell("split-by-question", nb | {"max_steps": 4} | changes)
-    return run_cell("order", run_cell("split", nb))
+def split(held_out_pairs=20, seed=0):
+    return alone("split-by-question")["split_by_question"](QUESTIONS, held_out_pairs, seed)
 
 
-@pytest.mark.parametrize("eval_pairs", range(10, 20))
-def test_split_keeps_a_question_on_one_side(eval_pairs):
-    nb = split_and_order(eval_pairs=eval_pairs)
-    assert len(nb["held_out"]) == eval_pairs and sorted(nb["train"] + nb["held_out"]) == list(
-        range(100)
-    )
-    assert not {QUESTIONS[i] for i in nb["train"]} & {QUESTIONS[i] for i in nb["held_out"]}
-    assert split_and_order(eval_pairs=eval_pairs, seed=1)["held_out"] != nb["held_out"]
+@pytest.mark.parametrize("held_out_pairs", range(10, 20))
+def test_split_keeps_a_question_on_one_side(held_out_pairs):
+    train, held_out = split(held_out_pairs)
+    assert len(held_out) == held_out_pairs and sorted(train + held_out) == list(range(100))
+    assert not {QUESTIONS[i] for i in train} & {QUESTIONS[i] for i in held_out}
+    assert split(held_out_pairs, seed=1)[1] != held_out
 
 
 TOO_FEW = {  # the question of each pair, how many to hold out, of what they are to be a multiple, words
@@ -663,10 +695,20 @@ def test_the_draw_stays_as_it_was():
     assert (train, held_out) == ([0, 2, 7], [4, 1, 6, 3])
 
 
+def order(steps, pairs_per_step=8):
+    train, _ = split()
+    tokens = [7 * i % 90 for i in range(100)]
+    return alone("training-order")["training_order"](train, tokens, steps, pairs_per_step, seed=0)
+
+
 def test_a_longer_run_begins_as_a_shorter_one():
-    short, long = split_and_order(), split_and_order(max_steps=25)
-    assert long["held_out"] == short["held_out"] and long["order"][:32] == short["order"]
-    assert len(long["order"]) == 25 * 8 and set(long["order"]) == set(long["train"])
+    assert order(25)[:32] == order(4)
+    assert len(order(25)) == 25 * 8 and set(order(25)) == set(split()[0])
+
+
+def test_inside_a_step_the_longest_pair_comes_first():
+    lengths = [7 * i % 90 for i in order(1)]
+    assert lengths == sorted(lengths, reverse=True) != sorted(lengths)
 
 
 MARKS = ["<|im_start|>", "<|im_end|>", "system\n", "[INST]", "[/INST]", "<s>", "</s>", "<|eot_id|>"]
@@ -713,7 +755,7 @@ def test_any_text(family, models):
     def check(data, markup):
         try:
             turns, *answers = nb["read_pair"](data.draw(ANY_ROW[markup]), markup)
-            turns = nb["fold_system"](turns)
+            turns = nb["fold_system"](turns, nb["chat"].takes_system)
             ids = nb["encode"](tokenizer, turns, *answers, 256)
         except ValueError as reason:
             assert str(reason)

@@ -24,10 +24,10 @@ def test_a_real_model_learns_speaks_and_is_pushed(tmp_path):
 
     executed = json.loads((tmp_path / "output" / "dpo_finetune.ipynb").read_text())
     shown = {cell["id"]: str(cell.get("outputs")) for cell in executed["cells"]}
-    assert "A turn ends in <|im_end|>. A system turn stays." in shown["ends"]
-    assert (
-        shown["check-rows"].count("<|im_end|>") == 4
-    )  # of a system turn, a user turn, and two answers
+    assert "a turn ends in: <|im_end|>" in shown["template"]
+    assert "a system turn: stays" in shown["template"]
+    # Of a system turn, a user turn, and two answers.
+    assert shown["check-rows"].count("<|im_end|>") == 4
 
     pushed = hub.folder(f"{hub.user}/{TUNED}")
     assert (pushed / "model.safetensors").stat().st_size > 200e6  # 135 million weights in FP16

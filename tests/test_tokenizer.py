@@ -7,20 +7,16 @@ import mistral_common
 import pytest
 import sentencepiece
 import standins
-from test_chat import pair, read
+from rows import pair, read
+from standins import CHAT, TRUE_IDS
 from tokenizers import normalizers
 from transformers import AutoTokenizer, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 
 from rehearsal.hub import Failure, Handler
-from rehearsal.notebook import run_cell
+from rehearsal.notebook import alone
 
 MISTRAL = (Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1").read_bytes()
 JUDGE = sentencepiece.SentencePieceProcessor(model_proto=MISTRAL)
-# Made by transformers 4.57 from OpenHermes' files, slow and fast alike: how that model was trained. The first id is bos.
-CHAT = "<|im_start|>system\nHi  you<|im_end|>\n<|im_start|>user\n def f():\n    x<|im_end|>\n<|im_start|>assistant\n"
-TRUE_IDS = [int(i) for i in (
-    "1 32001 1587 13 23809 28705 368 32000 28705 13 32001 2188 13 801 285 5888 13 2287 1318 32000 28705 13 32001 13892 13"
-).split()]  # fmt: skip
 TEXTS = [
     "Hello",
     "two  spaces   three    four",
@@ -63,9 +59,8 @@ def of_llama(folder):
 
 
 def load(base_model, revision=None):
-    return run_cell(
-        "tokenizer", dict(base_model=str(base_model), base_revision=revision, Path=Path)
-    )
+    """(tokenizer, what it was compared with)"""
+    return alone("load-tokenizer")["load_tokenizer"](str(base_model), revision)
 
 
 @pytest.mark.parametrize("make", [repository, with_tokenizer_json, of_llama])
@@ -73,7 +68,7 @@ def test_true_ids(make, tmp_path):
     """When loaded, in the rows that are trained on, and when saved and loaded again as the merged model is."""
     question = {**pair(" def f():\n    x", system="Hi  you"), "chosen": "Yes.", "rejected": "No."}
     nb = read(str(make(tmp_path / "base")), question)
-    (row,), tokenizer = nb["rows"], nb["tokenizer"]
+    (row,), tokenizer = nb["pairs"].values(), nb["tokenizer"]
     assert list(row["prompt_ids"]) == TRUE_IDS
     assert list(row["chosen_ids"]) == [
         *tokenizer.encode("x\nYes.", add_special_tokens=False)[2:],
@@ -93,7 +88,7 @@ def test_true_ids(make, tmp_path):
 @pytest.mark.parametrize("config", [MistralConfig, LlamaConfig])
 def test_not_legacy(config, tmp_path):
     """A repository that says `legacy: false` gets the prefix space at the start of the text only."""
-    ids = load(repository(tmp_path, config, legacy=False))["tokenizer"](
+    ids = load(repository(tmp_path, config, legacy=False))[0](
         "<|im_start|>user\nHi<|im_end|>\n"
     ).input_ids
     assert ids == [1, 32001, 1838, 13, 23809, 32000, 13]
@@ -102,7 +97,7 @@ def test_not_legacy(config, tmp_path):
 def test_disagreement_stops(models, tmp_path):
     base = with_tokenizer_json(tmp_path / "base")
     shutil.copy(f"{models['chatml']}/tokenizer.model", base)
-    with pytest.raises(AssertionError, match="disagree"):
+    with pytest.raises(ValueError, match="disagree"):
         load(base)
 
 
@@ -128,13 +123,13 @@ def hub(tmp_path, monkeypatch):
 def test_a_sentencepiece_model_that_does_not_come_is_not_done_without(make, hub, tmp_path):
     hub.add("some/base", make(tmp_path / "base"))
     hub.down = "tokenizer.model"
-    with pytest.raises((AssertionError, OSError, ValueError)):
+    with pytest.raises((OSError, ValueError)):
         load("some/base")
 
 
 def test_no_sentencepiece_model(hub, models):
     """Once that is known, the Hub need not be there to say it again."""
     commit, _ = hub.head(hub.add("some/base", models["qwen"]))
-    assert load("some/base", commit)["model_file"] is None
+    assert load("some/base", commit)[1] == "no sentencepiece model to compare with"
     hub.down = ""
-    assert load("some/base", commit)["model_file"] is None
+    assert load("some/base", commit)[1] == "no sentencepiece model to compare with"
