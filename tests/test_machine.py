@@ -14,7 +14,13 @@ from trainers import SMALL
 from transformers import MistralConfig
 
 from rehearsal.hub import Hub
-from rehearsal.notebook import CELLS, run_cell, run_cells
+from rehearsal.notebook import CELLS, alone, run_cell, run_cells
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path):
+    """The default output_dir lies in the working directory."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -196,7 +202,7 @@ V1, V2 = "memory/memory.limit_in_bytes", "memory.max"
 
 @pytest.mark.parametrize("file, limit", [(V2, 3e9), (V2, "max"), (V1, 3e9), (V1, 2**63 - 4096)])
 def test_free_memory_knows_its_container(tmp_path, file, limit):
-    nb = run_cells("install", "run-folder")
+    nb = alone("run-folder")
     (tmp_path / "memory").mkdir()
     (tmp_path / file).write_text("max\n" if limit == "max" else f"{limit:.0f}\n")
     process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=1e9))

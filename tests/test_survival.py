@@ -49,10 +49,8 @@ def hub(models, pairs_file, tmp_path_factory):
     with Hub(places["hub"], token=TOKEN) as hub:
         hub.add("some/base", models["qwen"])
         hub.add("some/pairs", places["pairs"], repo_type="dataset")
-        hub.cache, settings = (
-            places["cache"],
-            hub.environment(places["cache"]) | {"TQDM_DISABLE": "1"},
-        )
+        hub.cache, hub.pairs = places["cache"], places["pairs"]
+        settings = hub.environment(places["cache"]) | {"TQDM_DISABLE": "1"}
         forked.serve(settings)
 
         def start(folder, environment=None, **changes):
@@ -99,9 +97,9 @@ def uncut(hub, tmp_path_factory):
     return found, time.time() - begun, folder
 
 
-def kill(hub, folder, stage, delay):
+def kill(hub, folder, stage, delay, **changes):
     """Starts a run and kills it `delay` seconds into a stage. Says whether it was still running."""
-    process = hub.start(folder)
+    process = hub.start(folder, **changes)
     checkpoint = folder / "dpo_run" / f"checkpoint-{random.Random(delay).randint(2, STEPS)}"
     while not (
         checkpoint.exists() if stage == "checkpoint" else STAGES[stage] in read(folder / "log.txt")
@@ -148,6 +146,29 @@ def test_killed_at_any_time_it_ends_as_if_it_had_not_been(hub, uncut, tmp_path, 
 
     with ThreadPoolExecutor(2) as pool:
         print("\n" + "\n".join(pool.map(survive, range(len(points)))))
+
+
+def test_a_run_goes_on_with_the_commits_that_it_began_with(
+    hub, uncut, models, tmp_path, tmp_path_factory
+):
+    """Weights, config, tokenizer and pairs: of all of them the newest commits are others by then."""
+    sources = dict(base_model="moved/base", dataset_id="moved/pairs")
+    pairs, others = tmp_path_factory.mktemp("pairs"), tmp_path_factory.mktemp("others")
+    (pairs / "train.jsonl").write_bytes((hub.pairs / "train.jsonl").read_bytes())
+    (others / "train.jsonl").write_text(json.dumps({"chosen": "Yes", "rejected": "No"}))
+    hub.add("moved/base", models["qwen"])
+    hub.add("moved/pairs", pairs, repo_type="dataset")
+    assert kill(hub, tmp_path / "cut", "checkpoint", 0.01, **sources)
+    for name in ("base", "pairs"):
+        kind = "model" if name == "base" else "dataset"
+        hub.add(f"moved/{name}", models["llama3"] if name == "base" else others, repo_type=kind)
+
+    finish(hub.start(tmp_path / "cut", **sources), tmp_path / "cut")
+    run = tmp_path / "cut" / "dpo_run"
+    assert result(run, pushed(hub, "cut")) == uncut[0]
+    for path in (uncut[2] / "dpo_run" / "merged").iterdir():
+        if path.name not in ("README.md", "run.json", "whole.json"):
+            assert (run / "merged" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_a_finished_stage_is_not_done_again(hub, uncut, tmp_path):
