@@ -124,3 +124,15 @@ def test_no_file_names_a_folder_of_one_machine():
         for path in texts
         if path.exists() and re.search(r"/(work|home|root)/\w", path.read_text())
     ]
+
+
+def test_one_warning_is_silenced_and_no_bar():
+    """Of TRL and PEFT, by its own words: nothing else that a library says is kept back."""
+    silencing = (
+        r"filterwarnings|simplefilter|set_verbosity|TQDM_DISABLE|disable_progress|PYTHONWARN"
+    )
+    lines = [line for source in CELLS.values() for line in source.splitlines()]
+    found = [line for line in lines if re.search(silencing, line)]
+    assert found == [
+        'warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)'
+    ]

@@ -380,3 +380,41 @@ def test_a_run_keeps_to_the_commits_that_it_began_with(hub, models):
     assert commits(output_dir="pinned", base_revision="a" * 40) == "ab"
     with pytest.raises(ValueError, match="dataset_revision.*another output_dir"):
         commits(output_dir="run", dataset_revision="b" * 40)
+
+
+@pytest.fixture
+def digest():
+    """The function of the notebook that names a local file or folder by what is in it."""
+    nb = run_cells("install", "sources", **SMALL, dataset_id="good.jsonl", base_model="good.jsonl")
+    return nb["digest"]
+
+
+def test_a_local_file_is_known_by_its_content_and_not_by_its_size(digest):
+    before = digest(Path("good.jsonl"), Path("run"))
+    text = Path("good.jsonl").read_text()
+    Path("good.jsonl").write_text(text.replace("Question 1:", "Question 7:"))
+    assert digest(Path("good.jsonl"), Path("run")) != before
+    Path("good.jsonl").write_text(text)
+    assert digest(Path("good.jsonl"), Path("run")) == before
+
+
+def test_a_local_folder_is_known_by_its_content_without_the_run_in_it(digest):
+    Path("set/run").mkdir(parents=True)
+    Path("set/train.jsonl").write_text("a")
+    before = digest(Path("set"), Path("set/run"))
+    Path("set/run/run.json").write_text("{}")
+    assert digest(Path("set"), Path("set/run")) == before
+    Path("set/train.jsonl").write_text("b")
+    assert digest(Path("set"), Path("set/run")) != before
+
+
+def test_a_run_does_not_go_on_with_a_file_that_has_changed(models):
+    """Another file with the same name and as many bytes."""
+    Path("run").mkdir()
+    parameters = {**SMALL, "dataset_id": "good.jsonl", "base_model": models["qwen"]}
+    nb = run_cells("install", "sources", **parameters, output_dir="run")
+    nb["run"].write(trained=2)
+    text = Path("good.jsonl").read_text()
+    Path("good.jsonl").write_text(text.replace("Question 1:", "Question 7:"))
+    error, cell = stop(models)
+    assert cell == "sources" and "dataset_revision" in str(error)
