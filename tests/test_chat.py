@@ -1,4 +1,6 @@
-"""What is trained is written through the chat template, begins and ends once, and is what will be asked."""
+"""What is trained is written through the chat template, begins and ends once, and is what will be
+asked.
+"""
 
 import re
 
@@ -13,7 +15,8 @@ from rehearsal.notebook import alone
 TEMPLATES = {
     name: text for name, text in standins.TEMPLATES.items() if not name.endswith("_training")
 }
-# Two open a reasoning when asked and write none down; the others take lists of parts only, for their images.
+# Two open a reasoning when asked and write none down; the others take lists of parts only, for
+# their images.
 REFUSED = {"deepseek_r1_distill", "deepseekv3", "idefics3", "llava_next", "smolvlm"}
 THINKING = {f"nemotron_3_{size}" for size in ("nano", "super", "ultra", "5_lightning")}
 THINKING |= {
@@ -187,7 +190,9 @@ def test_what_cannot_be_trained_as_it_is_written_is_dropped(kind, tmp_path):
 @pytest.mark.parametrize("reasoning", [False, True], ids=["plain", "reasoning"])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_every_template_of_trl(name, reasoning, tmp_path):
-    """Each pair is trained as it is written, or dropped and counted; or all of them are refused in a sentence."""
+    """Each pair is trained as it is written, or dropped and counted; or all of them are refused in
+    a sentence.
+    """
     answers, others = (REASONED, ANSWERS) if reasoning else (ANSWERS, REASONED)
     certain = [pair("A bee?", answers=answers), pair("A bat?", answers=answers, system="Be brief.")]
     certain += [

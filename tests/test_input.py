@@ -1,4 +1,6 @@
-"""What users get wrong ends in one sentence before the weights are loaded, and harms nothing that is on disk."""
+"""What users get wrong ends in one sentence before the weights are loaded, and harms nothing that
+is on disk.
+"""
 
 import json
 import os
@@ -28,8 +30,8 @@ def lines(*rows):
 
 
 def case(name, cell, says, text=None, ending="jsonl", model=(), **parameters):
-    """The cell that stops (None: whichever), words of its sentence (None: the library's), and a file, a changed model
-    or parameters that are to bring it about."""
+    """The cell that stops (None: whichever), words of its sentence (None: the library's), and a
+    file, a changed model or parameters that are to bring it about."""
     return pytest.param(cell, says, text, ending, model, parameters, id=name)
 
 
@@ -212,7 +214,9 @@ def seal_a_run():
 
 
 def stop(models, **changes):
-    """The exception that stops the cells before the weights are loaded, and the cell that it comes from."""
+    """The exception that stops the cells before the weights are loaded, and the cell that it comes
+    from.
+    """
     parameters = {
         **SMALL,
         "base_model": models["qwen"],

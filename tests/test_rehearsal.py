@@ -1,4 +1,6 @@
-"""The rehearsal's end state: the unchanged notebook ran from its first cell to its last, against a local Hub."""
+"""The rehearsal's end state: the unchanged notebook ran from its first cell to its last, against a
+local Hub.
+"""
 
 import json
 import os
