@@ -3,6 +3,7 @@ asked.
 """
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import standins
@@ -10,7 +11,7 @@ from rows import ANSWERS, pair, read, talk
 from standins import CHATML, DATED, MISTRAL_INSTRUCT
 from transformers import AutoTokenizer
 
-from rehearsal.notebook import alone
+from rehearsal.notebook import alone, run_cell
 
 TEMPLATES = {
     name: text for name, text in standins.TEMPLATES.items() if not name.endswith("_training")
@@ -242,3 +243,12 @@ def test_a_reasoning_is_opened_where_the_answers_hold_one(name, tmp_path):
         tokenizer = read(str(tmp_path), pair("A bee?", answers=answers))["tokenizer"]
         assert ask(tokenizer) == ask(original, enable_thinking=mode)
         assert ask(tokenizer, enable_thinking=not mode) == ask(original, enable_thinking=not mode)
+
+
+def test_the_first_question_is_asked_as_the_article_did():
+    chat = SimpleNamespace(takes_system=True)
+    nb = run_cell("questions", alone("chat-template") | {"chat": chat})
+    system, question = nb["conversations"][0]
+    assert system == {"role": "system", "content": "You are a helpful assistant chatbot."}
+    assert question == {"role": "user", "content": "What is a Large Language Model?"}
+    assert nb["sampling"] == dict(max_new_tokens=200, do_sample=True, temperature=0.7, top_p=0.9)

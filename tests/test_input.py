@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from trainers import SMALL
 from transformers import AutoTokenizer, GPT2Config, MistralConfig
 
-from rehearsal.notebook import CELLS, run_cells
+from rehearsal.notebook import CELLS, run_cell, run_cells
 
 PAIRS = some_pairs(40)
 
@@ -336,6 +336,18 @@ def test_too_little_room(room, hub, models, monkeypatch):
     error, stopped = stop(models, base_model="some/model")
     assert stopped == cell and re.search(says, str(error)) and what_is_left() == before
     assert not [path for _, path in hub.requests if "safetensors" in path]
+
+
+def test_the_disk_has_room_for_the_merged_model_and_three_checkpoints(models, monkeypatch):
+    """In FP16, and of adapter and two moments in float32."""
+    sources = dict(base_model=models["qwen"], dataset_id="good.jsonl", output_dir="run")
+    nb = run_cells("install", "base", **SMALL, **sources)
+    needed = 2 * nb["parameter_count"] + 3 * 3 * 4 * nb["adapter_size"]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=needed))
+    run_cell("base", nb)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    with pytest.raises(ValueError, match="needs .* GB and has"):
+        run_cell("base", nb)
 
 
 class Attack:
