@@ -2,11 +2,11 @@
 
     python -m rehearsal [--real | --behaviour] [--output FOLDER] [--picture FILE]
 
-Makes a tiny chat model and preference pairs, serves them from a local Hub to the real client libraries, executes
-the notebook with papermill, its push included, and leaves everything in one folder. What it shows is that the
-notebook works and what its curves look like, not what DPO does to a model of seven billion parameters. With --real
-the model is SmolLM2-135M-Instruct, fetched from the Hub or from PyPI, and training takes minutes instead of one. With
---behaviour that model is trained on pairs of its own answers, and what it writes is measured before and after.
+Makes a tiny chat model and preference pairs, serves them from a local Hub to the real client
+libraries, executes the notebook with papermill, its push included, and leaves everything in one
+folder. What it shows is that the notebook works and what its curves look like, not what DPO does to
+a model of seven billion parameters. With --real the model is SmolLM2-135M-Instruct, fetched from
+the Hub or from PyPI, and training takes minutes instead of one. With --behaviour that model is trained on pairs of its own answers, and what it writes is measured before and after.
 """
 
 import argparse
@@ -41,7 +41,8 @@ PARAMETERS = dict(
     warmup_steps=5,
     max_length=256,
 )
-# A real model says neither of a pair's two answers by itself: "+sft" makes it say the chosen one, and not only prefer it.
+# A real model says neither of a pair's two answers by itself: "+sft" makes it say the chosen one,
+# and not only prefer it.
 REAL = {
     **PARAMETERS,
     "base_model": NAME,
@@ -51,14 +52,16 @@ REAL = {
     "loss_type": "sigmoid+sft",
 }
 SETTINGS = {
-    # glibc gives large blocks back to the system at once and asks for them again: half the time on a CPU otherwise.
+    # glibc gives large blocks back to the system at once and asks for them again: half the time on
+    # a CPU otherwise.
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
 }
 
 
 def run_notebook(folder, environment, **parameters):
-    """Executes the notebook in `folder` as dpo_finetune.ipynb and writes it as HTML; raises if a cell fails.
+    """Executes the notebook in `folder` as dpo_finetune.ipynb and writes it as HTML; raises if a
+    cell fails.
 
     Says each minute how far the training is.
     """
@@ -90,7 +93,9 @@ def newest_step(folder):
 
 
 def rehearse(output, make=make_model, **parameters):
-    """The whole rehearsal in the folder `output`, which is made anew. Returns the local Hub, stopped."""
+    """The whole rehearsal in the folder `output`, which is made anew. Returns the local Hub,
+    stopped.
+    """
     made = output / "made"
     if output.exists() and any(output.iterdir()) and not made.exists():
         raise SystemExit(f"{output} holds other things than a rehearsal: choose another --output.")
@@ -121,21 +126,25 @@ def summary(output, hub, seconds):
     pushed = len(list(hub.folder(f"{hub.user}/{TUNED}").rglob("*.safetensors")))
     return f"""Pairs:      {sum(run["dropped"].values())} rows dropped; the notebook shows why
 Loss:       held-out, {losses[0]:.4f} before training, {losses[-1]:.4f} after
-Rewards:    held-out accuracy {accuracies[0]:.1%} before training (a tie, by definition), {accuracies[-1]:.1%} after
-Ranking:    chosen answer likelier per token on held-out pairs: base {share["base"]}, tuned {share["trained"]}, merged {share["merged"]}
+Rewards:    held-out accuracy {accuracies[0]:.1%} before training (a tie, by definition), \
+{accuracies[-1]:.1%} after
+Ranking:    chosen answer likelier per token on held-out pairs: base {share["base"]}, \
+tuned {share["trained"]}, merged {share["merged"]}
 Hub:        {hub.user}/{TUNED}, private, {pushed} safetensors files
-Left in {output}/ after {seconds:.0f} s: dpo_finetune.html (read this), dpo_finetune.ipynb, dpo_run/curves, dpo_run/merged"""
+Left in {output}/ after {seconds:.0f} s: dpo_finetune.html (read this), dpo_finetune.ipynb, \
+dpo_run/curves, dpo_run/merged"""
 
 
 def draw_picture(output, picture):
-    """What the run in `output` came to as one image: answers before and after, beside the held-out curves."""
+    """What the run in `output` came to as one image: answers before and after, beside the held-out
+    curves.
+    """
     run = json.loads((output / "dpo_run" / "run.json").read_text())
     evaluated = pd.DataFrame([entry for entry in run["history"] if "eval_loss" in entry]).set_index(
         "step"
     )
-    evaluated = evaluated.rename(
-        columns=lambda name: name.removeprefix("eval_").removeprefix("rewards/")
-    )
+    names = {name: name.removeprefix("eval_").removeprefix("rewards/") for name in evaluated}
+    evaluated = evaluated.rename(columns=names)
     figure, axes = plt.subplot_mosaic(
         [["text", "loss"], ["text", "margins"], ["text", "accuracies"]], figsize=(13, 6)
     )

@@ -1,12 +1,14 @@
-"""A local stand-in of the Hugging Face Hub, so that the real clients run with no account and no network.
+"""A local stand-in of the Hugging Face Hub, so that the real clients run with no account and no
+network.
 
-It serves what huggingface_hub, datasets, transformers and peft ask for when they download and push: files, repository
-listings, LFS uploads, commits and the token check. Repositories lie on disk as plain folders, every commit can be read
-back, and errors carry the headers from which the clients choose their exceptions.
+It serves what huggingface_hub, datasets, transformers and peft ask for when they download and push:
+files, repository listings, LFS uploads, commits and the token check. Repositories lie on disk as
+plain folders, every commit can be read back, and errors carry the headers from which the clients
+choose their exceptions.
 
-It is not the Hub: one user and one token, models and datasets only, one branch, no pull requests, no deletions, no
-gated repositories, no search, no Xet, no validation of model cards, no .gitattributes in a new repository. Anything
-else is answered with a 404 that says so.
+It is not the Hub: one user and one token, models and datasets only, one branch, no pull requests,
+no deletions, no gated repositories, no search, no Xet, no validation of model cards, no
+.gitattributes in a new repository. Anything else is answered with a 404 that says so.
 """
 
 import base64
@@ -26,12 +28,15 @@ LFS_SIZE = 10_000_000  # as on the Hub: larger files, and binary ones, are kept 
 
 
 class Hub:
-    """The stand-in: `with Hub(root) as hub:` serves at `hub.url` the repositories kept under the folder `root`."""
+    """The stand-in: `with Hub(root) as hub:` serves at `hub.url` the repositories kept under the
+    folder `root`.
+    """
 
     def __init__(self, root, user="rehearsal", token="hf_rehearsal"):
         self.root, self.user, self.token = Path(root).resolve(), user, token
         self.requests = []  # (method, path), in order of arrival
-        # (repo_type, id) -> {"private": bool, "commits": [(oid, title), ...], "trees": {oid: {path: file}}}
+        # (repo_type, id) -> {"private": bool, "commits": [(oid, title), ...], "trees": {oid: {path:
+        # file}}}
         self.repos = {}
         self.uploads = set()  # (repository, sha256) that a client was told to upload
         self.lock = threading.RLock()
@@ -53,9 +58,11 @@ class Hub:
         self.server.server_close()
 
     def environment(self, home):
-        """The variables that a client process needs, from its start; `home` is its own cache folder.
+        """The variables that a client process needs, from its start; `home` is its own cache
+        folder.
 
-        One look-up remains: datasets asks for the host datasets-server.127.0.0.1, is told there is none, and goes on.
+        One look-up remains: datasets asks for the host datasets-server.127.0.0.1, is told there is
+        none, and goes on.
         """
         home = Path(home)
         # Both spellings: where both are set, the lower one wins.
@@ -66,7 +73,8 @@ class Hub:
             "HF_ENDPOINT": self.url,
             "HF_TOKEN": self.token,
             "HF_HOME": str(home),
-            # Set apart from HF_HOME as well: if the caller's own environment has these, they would win over it.
+            # Set apart from HF_HOME as well: if the caller's own environment has these, they would
+            # win over it.
             "HF_HUB_CACHE": str(home / "hub"),
             "HF_DATASETS_CACHE": str(home / "datasets"),
             "HF_TOKEN_PATH": str(home / "token"),
@@ -102,7 +110,9 @@ class Hub:
         return self.url + ("/datasets/" if key[0] == "dataset" else "/") + key[1]
 
     def blob(self, key, file):
-        """Where the content of a file is kept: apart for each repository, or a push could skip its upload."""
+        """Where the content of a file is kept: apart for each repository, or a push could skip its
+        upload.
+        """
         folder = self.root / "blobs" / f"{key[0]}s" / key[1]
         folder.mkdir(parents=True, exist_ok=True)
         return folder / etag(file)
@@ -197,7 +207,9 @@ def pieces(stream, size):
 
 
 class Failure(Exception):
-    """An answer other than success. The clients choose their exception by `code`, not by the status."""
+    """An answer other than success. The clients choose their exception by `code`, not by the
+    status.
+    """
 
     def __init__(self, status, message, code=None, **headers):
         self.status, self.message = status, message
@@ -250,37 +262,43 @@ class Handler(BaseHTTPRequestHandler):
         try:
             authorization = self.headers.get("Authorization")
             self.known = authorization == f"Bearer {self.hub.token}"
-            if (
-                authorization and not self.known
-            ):  # the Hub refuses a wrong token even for what is public
+            if authorization and not self.known:
+                # The Hub refuses a wrong token even for what is public.
                 raise Failure(401, "Invalid credentials in Authorization header")
-            for methods, pattern, name in self.ROUTES:
-                if self.command in methods.split() and (match := re.fullmatch(pattern, url.path)):
-                    fields = {
-                        field: unquote(text) for field, text in match.groupdict().items() if text
-                    }
-                    if "id" in fields:
-                        fields["key"] = (fields.pop("kind", "model"), fields.pop("id"))
-                    getattr(self, name)(**fields)
-                    break
-            else:
-                raise Failure(404, "This stand-in of the Hub does not serve this")
+            name, fields = self.find_route(url.path)
+            getattr(self, name)(**fields)
         except Failure as failure:
             self.reply({"error": failure.message}, failure.status, failure.headers)
         for _ in self.body:  # what was not read would be taken for the next request
             pass
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = dispatch
+    def find_route(self, path):
+        """(name of the method, its arguments) for the path of a request."""
+        for methods, pattern, name in self.ROUTES:
+            match = re.fullmatch(pattern, path)
+            if match and self.command in methods.split():
+                found = match.groupdict()
+                fields = {field: unquote(text) for field, text in found.items() if text}
+                if "id" in fields:
+                    fields["key"] = (fields.pop("kind", "model"), fields.pop("id"))
+                return name, fields
+        raise Failure(404, "This stand-in of the Hub does not serve this")
+
+    do_GET = do_HEAD = do_POST = do_PUT = dispatch
 
     def log_message(self, *arguments):
         pass
 
     def read_body(self):
-        """The body of the request, in pieces: a client that uploads a file gives its length or sends it chunked."""
+        """The body of the request, in pieces: a client that uploads a file gives its length or
+        sends it chunked.
+        """
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
-            while size := int(self.rfile.readline(), 16):
+            size = int(self.rfile.readline(), 16)
+            while size:
                 yield from pieces(self.rfile, size)
                 self.rfile.readline()
+                size = int(self.rfile.readline(), 16)
             self.rfile.readline()
         else:
             yield from pieces(self.rfile, int(self.headers.get("Content-Length", 0)))
@@ -332,7 +350,8 @@ class Handler(BaseHTTPRequestHandler):
         size = files[path]["size"]
         status, first, end = 200, 0, size
         headers = {"X-Repo-Commit": oid, "ETag": f'"{etag(files[path])}"', "Accept-Ranges": "bytes"}
-        if match := re.fullmatch(r"bytes=(?:(\d+)-(\d*)|-(\d+))", self.headers.get("Range", "")):
+        match = re.fullmatch(r"bytes=(?:(\d+)-(\d*)|-(\d+))", self.headers.get("Range", ""))
+        if match:
             start, last, suffix = match.groups()
             first = max(size - int(suffix), 0) if suffix else int(start)
             end = min(int(last) + 1, size) if last else size

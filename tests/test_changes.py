@@ -1,4 +1,6 @@
-"""The notebook as a reader changes it, one whole run with all of it: columns, layers, questions, a loss, an evaluation."""
+"""The notebook as a reader changes it, one whole run with all of it: columns, layers, questions, a
+loss, an evaluation.
+"""
 
 import json
 import re

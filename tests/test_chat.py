@@ -1,6 +1,9 @@
-"""What is trained is written through the chat template, begins and ends once, and is what will be asked."""
+"""What is trained is written through the chat template, begins and ends once, and is what will be
+asked.
+"""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import standins
@@ -8,12 +11,13 @@ from rows import ANSWERS, pair, read, talk
 from standins import CHATML, DATED, MISTRAL_INSTRUCT
 from transformers import AutoTokenizer
 
-from rehearsal.notebook import alone
+from rehearsal.notebook import alone, run_cell
 
 TEMPLATES = {
     name: text for name, text in standins.TEMPLATES.items() if not name.endswith("_training")
 }
-# Two open a reasoning when asked and write none down; the others take lists of parts only, for their images.
+# Two open a reasoning when asked and write none down; the others take lists of parts only, for
+# their images.
 REFUSED = {"deepseek_r1_distill", "deepseekv3", "idefics3", "llava_next", "smolvlm"}
 THINKING = {f"nemotron_3_{size}" for size in ("nano", "super", "ultra", "5_lightning")}
 THINKING |= {
@@ -187,7 +191,9 @@ def test_what_cannot_be_trained_as_it_is_written_is_dropped(kind, tmp_path):
 @pytest.mark.parametrize("reasoning", [False, True], ids=["plain", "reasoning"])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_every_template_of_trl(name, reasoning, tmp_path):
-    """Each pair is trained as it is written, or dropped and counted; or all of them are refused in a sentence."""
+    """Each pair is trained as it is written, or dropped and counted; or all of them are refused in
+    a sentence.
+    """
     answers, others = (REASONED, ANSWERS) if reasoning else (ANSWERS, REASONED)
     certain = [pair("A bee?", answers=answers), pair("A bat?", answers=answers, system="Be brief.")]
     certain += [
@@ -237,3 +243,12 @@ def test_a_reasoning_is_opened_where_the_answers_hold_one(name, tmp_path):
         tokenizer = read(str(tmp_path), pair("A bee?", answers=answers))["tokenizer"]
         assert ask(tokenizer) == ask(original, enable_thinking=mode)
         assert ask(tokenizer, enable_thinking=not mode) == ask(original, enable_thinking=not mode)
+
+
+def test_the_first_question_is_asked_as_the_article_did():
+    chat = SimpleNamespace(takes_system=True)
+    nb = run_cell("questions", alone("chat-template") | {"chat": chat})
+    system, question = nb["conversations"][0]
+    assert system == {"role": "system", "content": "You are a helpful assistant chatbot."}
+    assert question == {"role": "user", "content": "What is a Large Language Model?"}
+    assert nb["sampling"] == dict(max_new_tokens=200, do_sample=True, temperature=0.7, top_p=0.9)

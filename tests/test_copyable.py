@@ -64,7 +64,8 @@ def test_the_readme_names_the_cells_to_copy():
 
 
 def train_all_parameters(model, pairs, folder, change=None):
-    """A stock trainer's losses in training and evaluation, and the tokens that each model has computed.
+    """A stock trainer's losses in training and evaluation, and the tokens that each model has
+    computed.
 
     change: what is done to the trainer before it trains.
     """

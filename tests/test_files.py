@@ -17,7 +17,9 @@ VISIBLE = [cell for cell in CODE if cell not in FOLDED]
 
 
 def test_sizes():
-    """Printed to be looked at, `pytest -k sizes -s`: only a cell that nobody could read is refused."""
+    """Printed to be looked at, `pytest -k sizes -s`: only a cell that nobody could read is
+    refused.
+    """
     lines = {cell.id: cell.source.count("\n") + 1 for cell in CODE}
     for kind, cells in (("visible", VISIBLE), ("folded", FOLDED)):
         counts = [lines[cell.id] for cell in cells]
@@ -46,7 +48,9 @@ def test_no_visible_line_is_wider_than_100_columns():
 
 @pytest.mark.parametrize("name", CELLS)
 def test_text_is_read_and_written_in_utf8(name):
-    """Windows has another encoding by default, in which a template with é or ｜ is not found again."""
+    """Windows has another encoding by default, in which a template with é or ｜ is not found
+    again.
+    """
     found = []
     for call in ast.walk(ast.parse(TransformerManager().transform_cell(CELLS[name]))):
         if not isinstance(call, ast.Call):
@@ -123,4 +127,16 @@ def test_no_file_names_a_folder_of_one_machine():
         path
         for path in texts
         if path.exists() and re.search(r"/(work|home|root)/\w", path.read_text())
+    ]
+
+
+def test_one_warning_is_silenced_and_no_bar():
+    """Of TRL and PEFT, by its own words: nothing else that a library says is kept back."""
+    silencing = (
+        r"filterwarnings|simplefilter|set_verbosity|TQDM_DISABLE|disable_progress|PYTHONWARN"
+    )
+    lines = [line for source in CELLS.values() for line in source.splitlines()]
+    found = [line for line in lines if re.search(silencing, line)]
+    assert found == [
+        'warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)'
     ]

@@ -1,4 +1,6 @@
-"""What users get wrong ends in one sentence before the weights are loaded, and harms nothing that is on disk."""
+"""What users get wrong ends in one sentence before the weights are loaded, and harms nothing that
+is on disk.
+"""
 
 import json
 import os
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 from trainers import SMALL
 from transformers import AutoTokenizer, GPT2Config, MistralConfig
 
-from rehearsal.notebook import CELLS, run_cells
+from rehearsal.notebook import CELLS, run_cell, run_cells
 
 PAIRS = some_pairs(40)
 
@@ -28,8 +30,8 @@ def lines(*rows):
 
 
 def case(name, cell, says, text=None, ending="jsonl", model=(), **parameters):
-    """The cell that stops (None: whichever), words of its sentence (None: the library's), and a file, a changed model
-    or parameters that are to bring it about."""
+    """The cell that stops (None: whichever), words of its sentence (None: the library's), and a
+    file, a changed model or parameters that are to bring it about."""
     return pytest.param(cell, says, text, ending, model, parameters, id=name)
 
 
@@ -212,7 +214,9 @@ def seal_a_run():
 
 
 def stop(models, **changes):
-    """The exception that stops the cells before the weights are loaded, and the cell that it comes from."""
+    """The exception that stops the cells before the weights are loaded, and the cell that it comes
+    from.
+    """
     parameters = {
         **SMALL,
         "base_model": models["qwen"],
@@ -334,6 +338,18 @@ def test_too_little_room(room, hub, models, monkeypatch):
     assert not [path for _, path in hub.requests if "safetensors" in path]
 
 
+def test_the_disk_has_room_for_the_merged_model_and_three_checkpoints(models, monkeypatch):
+    """In FP16, and of adapter and two moments in float32."""
+    sources = dict(base_model=models["qwen"], dataset_id="good.jsonl", output_dir="run")
+    nb = run_cells("install", "base", **SMALL, **sources)
+    needed = 2 * nb["parameter_count"] + 3 * 3 * 4 * nb["adapter_size"]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=needed))
+    run_cell("base", nb)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    with pytest.raises(ValueError, match="needs .* GB and has"):
+        run_cell("base", nb)
+
+
 class Attack:
     """Unpickled freely, it makes a folder."""
 
@@ -380,3 +396,41 @@ def test_a_run_keeps_to_the_commits_that_it_began_with(hub, models):
     assert commits(output_dir="pinned", base_revision="a" * 40) == "ab"
     with pytest.raises(ValueError, match="dataset_revision.*another output_dir"):
         commits(output_dir="run", dataset_revision="b" * 40)
+
+
+@pytest.fixture
+def digest():
+    """The function of the notebook that names a local file or folder by what is in it."""
+    nb = run_cells("install", "sources", **SMALL, dataset_id="good.jsonl", base_model="good.jsonl")
+    return nb["digest"]
+
+
+def test_a_local_file_is_known_by_its_content_and_not_by_its_size(digest):
+    before = digest(Path("good.jsonl"), Path("run"))
+    text = Path("good.jsonl").read_text()
+    Path("good.jsonl").write_text(text.replace("Question 1:", "Question 7:"))
+    assert digest(Path("good.jsonl"), Path("run")) != before
+    Path("good.jsonl").write_text(text)
+    assert digest(Path("good.jsonl"), Path("run")) == before
+
+
+def test_a_local_folder_is_known_by_its_content_without_the_run_in_it(digest):
+    Path("set/run").mkdir(parents=True)
+    Path("set/train.jsonl").write_text("a")
+    before = digest(Path("set"), Path("set/run"))
+    Path("set/run/run.json").write_text("{}")
+    assert digest(Path("set"), Path("set/run")) == before
+    Path("set/train.jsonl").write_text("b")
+    assert digest(Path("set"), Path("set/run")) != before
+
+
+def test_a_run_does_not_go_on_with_a_file_that_has_changed(models):
+    """Another file with the same name and as many bytes."""
+    Path("run").mkdir()
+    parameters = {**SMALL, "dataset_id": "good.jsonl", "base_model": models["qwen"]}
+    nb = run_cells("install", "sources", **parameters, output_dir="run")
+    nb["run"].write(trained=2)
+    text = Path("good.jsonl").read_text()
+    Path("good.jsonl").write_text(text.replace("Question 1:", "Question 7:"))
+    error, cell = stop(models)
+    assert cell == "sources" and "dataset_revision" in str(error)

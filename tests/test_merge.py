@@ -1,4 +1,6 @@
-"""The merge: in shards it writes what PEFT writes in memory, in little memory; and what is saved with the weights."""
+"""The merge: in shards it writes what PEFT writes in memory, in little memory; and what is saved
+with the weights.
+"""
 
 import json
 import shutil
@@ -21,7 +23,9 @@ ROOMY, TIGHT = 1e12, 0  # bytes of free memory, enough for a merge in memory and
 
 
 def make_adapter(base, folder):
-    """An adapter that is not at its start, as the notebook trains it: float32, on all linear layers."""
+    """An adapter that is not at its start, as the notebook trains it: float32, on all linear
+    layers.
+    """
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16)
     torch.manual_seed(0)
     model = get_peft_model(
@@ -169,7 +173,9 @@ print("in memory")
 
 
 def test_peak_memory_under_a_hard_limit(tmp_path):
-    """A model of 190 MB in shards of 20 MB, in a process that gets 130 MB more than its libraries took."""
+    """A model of 190 MB in shards of 20 MB, in a process that gets 130 MB more than its libraries
+    took.
+    """
     size = dict(
         hidden_size=768, intermediate_size=2304, num_hidden_layers=12, num_attention_heads=12
     )
@@ -207,7 +213,9 @@ def test_what_is_saved_with_the_weights(base, merge, free, settings):
 
 
 def test_the_merged_model_is_asked_as_was_trained(models, merge, tmp_path):
-    """By its saved template: begun and in the mode as trained, with the date of the day of asking."""
+    """By its saved template: begun and in the mode as trained, with the date of the day of
+    asking.
+    """
     base = shutil.copytree(models["chatml"], tmp_path / "base")
     (base / "chat_template.jinja").write_text(SWITCHED)
     nb = merge(base, ROOMY)

@@ -1,4 +1,6 @@
-"""Every layout is read into the same pairs; what is dropped is counted; the split keeps a question on one side."""
+"""Every layout is read into the same pairs; what is dropped is counted; the split keeps a question
+on one side.
+"""
 
 import gzip
 import json
@@ -625,7 +627,9 @@ def test_saved_dataset(splits, tmp_path):
 
 
 def test_set_on_the_hub(tmp_path):
-    """Of several configurations the one that is named, or the default; of its splits the one to train on."""
+    """Of several configurations the one that is named, or the default; of its splits the one to
+    train on.
+    """
     folder, configurations = tmp_path / "set", []
     folder.mkdir()
     for name, splits in {**SPLITS, "default": ["train"]}.items():

@@ -1,4 +1,6 @@
-"""A real chat model, SmolLM2-135M-Instruct, from the notebook's first cell to its last in a few short steps."""
+"""A real chat model, SmolLM2-135M-Instruct, from the notebook's first cell to its last in a few
+short steps.
+"""
 
 import json
 

@@ -1,6 +1,9 @@
-"""The rehearsal's end state: the unchanged notebook ran from its first cell to its last, against a local Hub."""
+"""The rehearsal's end state: the unchanged notebook ran from its first cell to its last, against a
+local Hub.
+"""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -177,8 +180,19 @@ def test_card_has_parameters_and_dropped_rows(tables, record):
 def test_card_has_the_scores(tables, record):
     assert record["scores"].keys() == {"base", "trained", "base unquantised", "merged"}
     for name, scores in record["scores"].items():
+        numbers = [math.nan if number is None else number for number in scores.values()]
         found = [float(cell) for cell in tables[name]]
-        assert found == pytest.approx([*scores.values()], abs=1e-4, nan_ok=True)
+        assert found == pytest.approx(numbers, abs=1e-4, nan_ok=True)
+
+
+@pytest.mark.parametrize("place", ["run.json", "merged/run.json"])
+def test_the_record_can_be_read_by_any_program(run, place):
+    """Python writes NaN where JSON has no such number."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    assert json.loads((run / place).read_text(), parse_constant=refuse)["scores"]
 
 
 def test_pushed_is_what_was_saved(hub, run):

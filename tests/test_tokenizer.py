@@ -28,7 +28,9 @@ TEXTS = [
 
 
 def repository(folder, config=MistralConfig, **settings):
-    """OpenHermes' tokenizer files: Mistral's tokenizer.model with the two ChatML tokens, no tokenizer.json."""
+    """OpenHermes' tokenizer files: Mistral's tokenizer.model with the two ChatML tokens, no
+    tokenizer.json.
+    """
     settings = dict(
         eos_token="<|im_end|>", pad_token="</s>", chat_template=standins.CHATML, **settings
     )
@@ -40,7 +42,9 @@ def repository(folder, config=MistralConfig, **settings):
 
 
 def with_tokenizer_json(folder):
-    """The same with a tokenizer.json like that of transformers 4: a normalizer puts the space before every stretch."""
+    """The same with a tokenizer.json like that of transformers 4: a normalizer puts the space
+    before every stretch.
+    """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(repository(folder))
     steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
@@ -65,7 +69,9 @@ def load(base_model, revision=None):
 
 @pytest.mark.parametrize("make", [repository, with_tokenizer_json, of_llama])
 def test_true_ids(make, tmp_path):
-    """When loaded, in the rows that are trained on, and when saved and loaded again as the merged model is."""
+    """When loaded, in the rows that are trained on, and when saved and loaded again as the merged
+    model is.
+    """
     question = {**pair(" def f():\n    x", system="Hi  you"), "chosen": "Yes.", "rejected": "No."}
     nb = read(str(make(tmp_path / "base")), question)
     (row,), tokenizer = nb["pairs"].values(), nb["tokenizer"]
@@ -87,7 +93,9 @@ def test_true_ids(make, tmp_path):
 
 @pytest.mark.parametrize("config", [MistralConfig, LlamaConfig])
 def test_not_legacy(config, tmp_path):
-    """A repository that says `legacy: false` gets the prefix space at the start of the text only."""
+    """A repository that says `legacy: false` gets the prefix space at the start of the text
+    only.
+    """
     ids = load(repository(tmp_path, config, legacy=False))[0](
         "<|im_start|>user\nHi<|im_end|>\n"
     ).input_ids
