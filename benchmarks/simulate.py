@@ -201,7 +201,7 @@ class Machine(TorchDispatchMode):
                 (7, 5) if dtype == torch.float16 else (8, 0)
             ),
             # As the notebook has it before Ampere.
-            "transformers.integrations.sdpa_attention.use_gqa_in_sdpa": lambda mask, *_: (
+            "transformers.integrations.sdpa_attention.use_gqa_in_sdpa": lambda *_: (
                 dtype != torch.float16
             ),
             "torch.nn.functional.scaled_dot_product_attention": attention,

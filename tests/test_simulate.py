@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import MistralConfig
+from transformers import MistralConfig, MistralForCausalLM
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from benchmarks import simulate
@@ -71,11 +71,12 @@ def test_the_arithmetic_of_memory(dtype, checkpointed):
         simulate.simulate(batches, 4, dtype, lambda *size: asked.append(size) or checkpointed).peak
         for batches in ([], [batch])
     )
-    config, kind = (
-        MistralConfig(**simulate.SHAPE | dict(num_hidden_layers=4)),
-        dict(grouped=dtype != HALF),
-    )
-    predicted = alone("memory")["step_memory"](config, *asked[0], checkpointed, **kind)
+    config = MistralConfig(**simulate.SHAPE | dict(num_hidden_layers=4))
+    with torch.device("meta"):
+        widths = alone("skeleton")["layer_widths"](
+            MistralForCausalLM(config), repeat_keys=dtype == HALF
+        )
+    predicted = alone("memory")["step_memory"](widths, *asked[0], checkpointed)
     # With all layers checkpointed it forgets that one matrix is there in 16 bits: of a whole run a fiftieth.
     matrix = 2 * config.hidden_size * config.intermediate_size
     assert alive - weights <= predicted + matrix * (checkpointed == 4) and predicted <= 1.12 * (
