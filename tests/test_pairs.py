@@ -113,6 +113,10 @@ LAYOUTS = {  # the turns that a row is read into, and the row
         USER,
         ended(f"<bos><start_of_turn>user\n{QUESTION}<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>\n"),
     ),
+    "Gemma 4": (USER, ended(f"<bos><|turn>user\n{QUESTION}<turn|>\n<|turn>model\n", "<turn|>\n")),
+    "Llama 4": (USER, ended(f"<|header_start|>user<|header_end|>\n\n{QUESTION}<|eot|>", "<|eot|>")),
+    "Granite": (USER, ended(f"<|start_of_role|>user<|end_of_role|>{QUESTION}<|end_of_text|>\n", "<|end_of_text|>")),
+    "DeepSeek": (USER, ended(f"<｜begin▁of▁sentence｜><｜User｜>{QUESTION}<｜Assistant｜>", "<｜end▁of▁sentence｜>")),
     "Alpaca": (USER, ended(f"{ALPACA}{QUESTION}\n\n### Response:\n", "</s>")),
     "Alpaca, input": (
         [message("user", "Say.\n\nYes")],
