@@ -174,7 +174,7 @@ def test_fsdp_as_on_one_process(start, place, one):
 
 def test_each_process_evaluates_as_many_pairs(models, pairs_file, tmp_path):
     sources = dict(base_model=models["qwen"], dataset_id=pairs_file, output_dir=str(tmp_path))
-    nb = run_cells("install", "lengths", **PARAMETERS | sources)
+    nb = run_cells("install", "split-by-question", **PARAMETERS | sources)
     for asked, processes, found in ((12, 3, 12), (11, 2, 10), (11, 3, 9)):
         nb.update(eval_pairs=asked, processes=types.SimpleNamespace(num_processes=processes))
         assert len(run_cell("split", nb)["held_out"]) == found
