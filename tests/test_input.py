@@ -269,7 +269,7 @@ class Attack:
     """Unpickled freely, it makes a folder."""
 
     def __reduce__(self):
-        return os.mkdir, ("attacked",)
+        return os.makedirs, ("attacked",)
 
 
 def test_a_program_in_a_pickle_is_not_run(models):
