@@ -16,7 +16,7 @@ from rehearsal.notebook import CELLS, run_cells
 
 COLUMNS = 'columns.update(prompt=["ask"], chosen=["good"], rejected=["bad"])'
 QUESTIONS = ["Who may redistribute?", "Why?"]
-# The hinge loss on the raw log-probabilities, which TRL does not have.
+# A hinge that asks for a margin of 2, which TRL does not have.
 LOSS = """
 
 class OwnTrainer(LastingTrainer):
@@ -25,13 +25,16 @@ class OwnTrainer(LastingTrainer):
         given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         output = model(**given, labels=labels, fused_lm_head=True, use_cache=False)
         chosen, rejected = output.log_probs.sum(dim=1).chunk(2)
-        gaps = chosen - inputs["ref_chosen_logps"] - rejected + inputs["ref_rejected_logps"]
-        loss = torch.relu(2 - self.beta * gaps).mean()
+        chosen_reward = self.beta * (chosen - inputs["ref_chosen_logps"])
+        rejected_reward = self.beta * (rejected - inputs["ref_rejected_logps"])
+        self.log_rewards(chosen_reward, rejected_reward)
+        loss = torch.relu(2 - (chosen_reward - rejected_reward)).mean()
         return (loss, {"loss": loss}) if return_outputs else loss
 """
 EVALUATION = """
 words_of_answers = {question: len(answer.split()) for question, answer in run["after"].items()}
-own_accuracy = np.mean([chosen > rejected for chosen, rejected in score(model, rows.select(held_out))])
+own_scores = score(model, rows.select(held_out))
+own_accuracy = np.mean([chosen > rejected for chosen, rejected in own_scores])
 """
 
 
@@ -126,3 +129,14 @@ def test_own_evaluation_of_the_merged_model(changed):
     assert set(changed["words_of_answers"]) == set(QUESTIONS)
     likelier = [chosen > rejected for chosen, rejected in changed["run"]["logps"]["merged"]]
     assert changed["own_accuracy"] == sum(likelier) / len(likelier)
+
+
+def test_rewards_of_an_own_loss_are_logged_as_trls_are(changed):
+    """So the curves, the table and the words are there, and agree with the scores at the end."""
+    held_out = changed["evaluated"].iloc[-1]
+    assert held_out["rewards/margins"] == pytest.approx(
+        changed["scores"]["reward margin"]["trained"], abs=1e-4
+    )
+    gap = held_out["rewards/chosen"] - held_out["rewards/rejected"]
+    assert held_out["rewards/margins"] == pytest.approx(gap, abs=1e-4)
+    assert held_out["rewards/accuracies"] == changed["scores"]["reward accuracy"]["trained"]
