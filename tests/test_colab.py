@@ -63,17 +63,7 @@ PLACES = {  # its Python, what it puts into every process, and its environment
     "colab": ("3.13", COLAB, {"UV_SYSTEM_PYTHON": "true"}),
     "kaggle": ("3.12", KAGGLE, {"KAGGLE_KERNEL_RUN_TYPE": "Interactive"}),
 }
-KEPT = (
-    "torch",
-    "torchvision",
-    "numpy",
-    "pandas",
-    "protobuf",
-    "ipython",
-    "ipykernel",
-    "ipywidgets",
-    "wandb",
-)
+KEPT = ("torch", "torchvision", "numpy", "pandas", "protobuf", "ipython", "ipykernel", "ipywidgets")
 
 
 def python_of(release):
