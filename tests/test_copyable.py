@@ -175,10 +175,9 @@ def test_score_is_the_sum_of_the_answers_log_probabilities(llama):
     for answer in (row["chosen_ids"], row["rejected_ids"]):
         logps = llama(torch.tensor([row["prompt_ids"] + answer])).logits[0].log_softmax(-1)
         expected.append(sum(logps[3 + place, token].item() for place, token in enumerate(answer)))
-    ask = alone("ask")
-    assert ask["score"](llama.train(), [row]) == [pytest.approx(expected, rel=1e-5)]
-    found = ask["logp"](llama, row["prompt_ids"], row["chosen_ids"])
-    assert found.item() == pytest.approx(expected[0], rel=1e-5)
+    assert alone("ask")["score"](llama.train(), [row]) == [pytest.approx(expected, rel=1e-5)]
+    logp = run_cell("by-hand", {"torch": torch, "trained": True})["logp"]
+    assert logp(llama, row["prompt_ids"], row["chosen_ids"]) == pytest.approx(expected[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("pairs_at_once", [2, 3, 8])

@@ -54,17 +54,21 @@ def audit_texts(models, pairs):
     return audit(nb, ids[:-40], ids[-40:])
 
 
+RULES = {  # by what the chosen answers have: the rule, and the one for pairs turned round
+    "length": ("the longer answer", "the shorter answer"),
+    "first token": ("the likelier first token", "the likelier first token"),  # learnt either way
+    "words of the prompt": ("more words of the prompt", "fewer words of the prompt"),
+}
+
+
 @pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("kind", ["longer answer", "first token", "words of the prompt"])
+@pytest.mark.parametrize("kind", RULES)
 def test_a_shallow_rule_is_found_and_warned_of(models, kind, turned, capsys):
-    pairs = list(made_up(kind.replace("longer answer", "length")))
+    pairs = list(made_up(kind))
     if turned:  # the rule is true of the rejected answers
         pairs = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in pairs]
     nb = audit_texts(models, pairs)
-    learnt = kind == "first token"  # which way round is learnt, too
-    assert nb["rule"] == (f"not the {kind}" if turned and not learnt else f"the {kind}").replace(
-        "the words", "words"
-    )
+    assert nb["rule"] == RULES[kind][turned]
     assert nb["shallow"] > 0.9 and "WARNING" in capsys.readouterr().out
 
 
@@ -72,11 +76,12 @@ def test_pairs_that_nothing_shallow_decides_are_not_warned_of(models, capsys):
     nb = audit_texts(models, made_up("nothing"))
     printed = capsys.readouterr().out
     assert 0.2 < nb["shallow"] < 0.8 and "WARNING" not in printed
-    assert "nearly the same: 0%" in printed and "both orders: 0\n" in printed
+    assert "of their tokens: 0%" in printed and "both orders: 0\n" in printed
 
 
 @pytest.mark.parametrize(
-    "kind, counted", [("both orders", "both orders: 80\n"), ("nearly the same", "the same: 50%")]
+    "kind, counted",
+    [("both orders", "both orders: 80\n"), ("nearly the same", "of their tokens: 50%")],
 )
 def test_what_the_audit_counts(models, kind, counted, capsys):
     audit_texts(models, made_up(kind))
@@ -93,7 +98,8 @@ def tokenizer(models):
 
 
 def test_marks_at_the_start(tokenizer):
-    mark = alone("audit-rules")["shallow_rules"]([], tokenizer)["a mark at the start"]
+    mark = alone("audit-rules")["shallow_rules"]([], tokenizer)
+    mark = mark["a mark at the start", "no mark at the start"]
     texts = ("- a list", "**Bold**", "A word", "3 bees")
     assert [mark([], tokenizer(text).input_ids) for text in texts] == [True, True, False, False]
 
@@ -103,7 +109,7 @@ def test_the_rule_is_found_on_training_pairs_only(tokenizer):
     train = [ids([50 + i % 2, 60, 61, 62], [52, 60, 61, 62]) for i in range(40)]
     held_out = [ids([60, 61, 62], [60, 61]) for _ in range(20)]
     nb = audit({"tokenizer": tokenizer}, train, held_out)
-    assert nb["rule"] == "the first token" and nb["shallow"] == 0.5
+    assert nb["rule"] == "the likelier first token" and nb["shallow"] == 0.5
     assert nb["audit"]["held out"].max() == 1.0
 
 
@@ -111,7 +117,7 @@ def test_beginnings_are_counted_on_training_pairs_only(tokenizer):
     train = [ids([50, 60], [51, 60]) for _ in range(30)]
     held_out = [ids([51, 60], [50, 60]) for _ in range(40)]
     nb = audit({"tokenizer": tokenizer}, train, held_out)
-    assert list(nb["audit"].loc["the first token"]) == [1.0, 0.0]
+    assert list(nb["audit"].loc["the likelier first token"]) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("longer, warned", [(32, False), (33, True)])
@@ -139,8 +145,8 @@ def test_the_rule_of_likelihood_either_way_round(kind):
     nb["audit"] = pd.DataFrame({"training": [0.6], "held out": [0.6]}, ["the longer answer"])
     nb["run"] = {"base_ranks": ranks, "logps": {"base": logps}}
     run_cell("likelihood", nb)
-    turned = "not " if "less" in kind else ""
-    assert nb["rule"] == f"{turned}the answer likelier for the base, {how}"
+    likelier = "less likely" if "less" in kind else "likelier"
+    assert nb["rule"] == f"the answer {likelier} for the base, {how}"
     assert nb["shallow"] == pytest.approx(share)
 
 
