@@ -195,7 +195,7 @@ def test_questions_that_change_after_the_training_are_not_passed_off_as_asked(fi
     printed = capsys.readouterr().out
     _, _, shown = printed.partition("Who are you?")
     shown, _, _ = shown.partition(questions[1])
-    assert "BEFORE\n(was not asked)" in shown and "AFTER\n(was not asked" in shown
+    assert shown.count("was not asked") == 2
     assert answer not in printed and first not in printed
 
 
