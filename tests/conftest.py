@@ -29,16 +29,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    needed = {
-        "recipes": "needs tests/recipes-requirements.txt, Chromium and Go",
-        "colab": "installs several GB",
-    }
-    for name, what in needed.items():
-        config.addinivalue_line("markers", f"{name}: {what}; pytest -m {name}")
-    config.option.markexpr = config.option.markexpr or "not recipes and not colab"
-    config.option.loadscopereorder = (
-        False  # pytest-xdist would begin with the files that have most tests
-    )
+    # pytest-xdist would begin with the files that have most tests.
+    config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items):

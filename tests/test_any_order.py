@@ -95,7 +95,7 @@ def test_a_changed_parameter_takes_effect_when_all_cells_are_run_again(set_up):
     assert read_record(set_up["folder"])["parameters"]["beta"] == 0.5
 
 
-@pytest.mark.parametrize("cell", ["order", "training-args", "train", "merge"])
+@pytest.mark.parametrize("cell", ["split-of-a-step", "training-args", "train", "merge"])
 def test_a_cell_whose_stage_before_has_not_run_says_so(set_up, cell):
     with pytest.raises(ValueError, match="have to run first: run all cells"):
         run_cell(cell, set_up)
@@ -195,7 +195,7 @@ def test_questions_that_change_after_the_training_are_not_passed_off_as_asked(fi
     printed = capsys.readouterr().out
     _, _, shown = printed.partition("Who are you?")
     shown, _, _ = shown.partition(questions[1])
-    assert "BEFORE\n(was not asked)" in shown and "AFTER\n(was not asked" in shown
+    assert shown.count("was not asked") == 2
     assert answer not in printed and first not in printed
 
 
@@ -296,10 +296,7 @@ def press_all(shell, first, last, **parameters):
             shell.user_ns.update(parameters)
 
 
-INTERRUPTS = [KeyboardInterrupt(), torch.OutOfMemoryError("no room"), RuntimeError("a bug")]
-
-
-@pytest.mark.parametrize("error", INTERRUPTS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
 def test_a_failed_training_cell_runs_again_and_its_frames_are_let_go(
     shell, small, tmp_path, trained, error
 ):
@@ -308,10 +305,9 @@ def test_a_failed_training_cell_runs_again_and_its_frames_are_let_go(
     fail = Fail(at_step=1, error=error)
     nb["trainer"].add_callback(fail)
     raised = press(shell, "train")
-    assert isinstance(raised, MemoryError | type(error))
-    assert fail.marks[0]() is not None  # IPython does keep them
+    assert isinstance(raised, MemoryError | error)
     del raised
-    fail.error = error = None
+    assert fail.marks[0]() is not None  # IPython does keep them
     alive = []
     nb["trainer"].add_callback(AtBegin(lambda: alive.append(fail.marks[0]())))
     assert press(shell, "train") is None and press(shell, "save") is None
@@ -334,7 +330,7 @@ def test_a_model_whose_training_failed_is_gone_before_another_is_loaded(shell, s
     """Else two of them would have to fit into a GPU."""
     press_all(shell, "install", "longest", **small, output_dir=str(tmp_path / "failed"))
     nb = shell.user_ns
-    nb["trainer"].add_callback(Fail(at_step=1, error=torch.OutOfMemoryError("no room")))
+    nb["trainer"].add_callback(Fail(at_step=1, error=torch.OutOfMemoryError))
     assert isinstance(press(shell, "train"), MemoryError)
     held = [nb["trainer"], *nb["trainer"].model.modules(), *nb["model"].parameters()]
     held = [weakref.ref(thing) for thing in held]

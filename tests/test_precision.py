@@ -1,29 +1,32 @@
 """fp16, as on a T4: a whole run with a live scaler of gradients, and bases that overflow in it. On a CPU, by autocast."""
 
 import math
+import shutil
 
 import pytest
 import torch
 from trainers import SMALL, batch_of, read_record, train
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from rehearsal.notebook import run_cell, run_cells
 
 
 @pytest.fixture
-def in_half(models, pairs_file, tmp_path):
+def in_half(models, pairs_file, tmp_path, monkeypatch):
     """The namespace of a small run in fp16 whose trainer is built, with a scaler as a GPU has it."""
 
-    def run(base_model=models["qwen"], last="make-trainer", **changes):
+    monkeypatch.chdir(tmp_path)
+
+    def run(base_model=models["qwen"], last="make-trainer", init_scale=2.0**16, **changes):
         parameters = dict(SMALL, base_model=base_model, dataset_id=pairs_file, load_in_4bit=False)
-        parameters |= dict(output_dir=str(tmp_path / "run"), **changes)
+        parameters |= {"output_dir": str(tmp_path / "run"), **changes}
         nb = run_cells("install", "machine", **parameters)
         nb["dtype"] = torch.float16
         run_cells("run-folder", last, nb)
         if last == "make-trainer":
             accelerator = nb["trainer"].accelerator
             accelerator.native_amp = True  # which Accelerate leaves off in fp16 on a CPU
-            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
         return nb
 
     return run
@@ -57,6 +60,37 @@ def test_a_small_run_in_fp16_learns_with_a_live_scaler(in_half, tmp_path):
     assert {x.dtype for x in nb["trainer"].model.parameters() if not x.requires_grad} == {
         torch.float16
     }
+
+
+class InterruptAt(TrainerCallback):
+    """Interrupts a training once, after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **options):
+        if state.global_step == self.step:
+            self.step = None
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("from_a_checkpoint", [True, False])
+def test_a_training_in_fp16_that_was_interrupted_ends_as_if_it_had_not_been(
+    in_half, from_a_checkpoint
+):
+    """The scale of the gradients, which the first steps lower, is set back as well."""
+    undisturbed = in_half(output_dir="undisturbed", init_scale=2.0**40)
+    train(undisturbed)
+    nb = in_half(output_dir="interrupted", init_scale=2.0**40)
+    nb["trainer"].add_callback(InterruptAt(3))
+    with pytest.raises(KeyboardInterrupt):
+        train(nb)
+    if not from_a_checkpoint:
+        for checkpoint in nb["folder"].glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    run_cells("train", "save", nb)
+    assert undisturbed["trainer"].accelerator.scaler.get_scale() < 2.0**40
+    assert nb["run"]["logps"] == undisturbed["run"]["logps"]
 
 
 def test_the_gradient_in_fp16_is_that_of_float32(in_half, prepare):
@@ -103,7 +137,6 @@ def test_a_base_that_overflows_is_told_after_the_merge_with_its_scores_in_bf16(
     with pytest.raises(ValueError, match="overflows in FP16.*is not pushed. Use the adapter"):
         run_cell("score-merged", nb)
     assert nb["model"].dtype == torch.bfloat16
-    record = read_record(tmp_path / "run")
-    assert torch.tensor(record["logps"]["merged"]).isfinite().all()
+    assert torch.tensor(nb["run"]["logps"]["merged"]).isfinite().all()
     assert nb["is_whole"](nb["adapter_dir"])
-    assert not record["after"]
+    assert not read_record(tmp_path / "run")["after"]
