@@ -32,7 +32,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from transformers import TrainerCallback
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -180,7 +179,7 @@ def losses_of(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-class StepClock(TrainerCallback):
+class StepClock:
     """Measures the steps of a trainer, and ends its training after some of them.
 
     The first step is not measured: kernels are compiled and memory is found in it.
@@ -201,25 +200,44 @@ class StepClock(TrainerCallback):
             kind = "with gradients" if torch.is_grad_enabled() else "without"
             self.tokens[kind] += inputs[0].numel()
 
-    def on_step_begin(self, args, state, control, **_):
-        self.measuring = state.global_step > 0
+    def begin(self, steps_done):
+        """To be called before a step."""
+        self.measuring = steps_done > 0
         wait_for_gpu()
         self.start = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **_):
+    def end(self, steps_done):
+        """To be called after a step. Returns whether it was the last one."""
         wait_for_gpu()
         if self.measuring:
             self.seconds.append(time.perf_counter() - self.start)
         self.measuring = False
         if self.trainer.accelerator.optimizer_step_was_skipped:
             self.skipped_steps += 1
-        if state.global_step >= self.stop_after:
-            control.should_training_stop = True
+        return steps_done >= self.stop_after
 
     def operations_per_second(self, linear_weights):
         """Of linear layers: forward, backward through frozen weights, the reference's forward."""
         passes = 2 * self.tokens["with gradients"] + self.tokens["without"]
         return 2 * linear_weights * passes / sum(self.seconds)
+
+
+def add_clock(trainer, stop_after):
+    """The `StepClock` of a trainer."""
+    from transformers import TrainerCallback  # seconds, which most checks can do without
+
+    clock = StepClock(trainer, stop_after)
+
+    class CallClock(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            clock.begin(state.global_step)
+
+        def on_step_end(self, args, state, control, **_):
+            if clock.end(state.global_step):
+                control.should_training_stop = True
+
+    trainer.add_callback(CallClock())
+    return clock
 
 
 # 1. Kernels
@@ -586,8 +604,7 @@ def train_7b(place, output, steps=3, **changes):
     found = {"wrong": [], **plan_of(notebook)}
     run_after("questions", "share-prompts", notebook)
     found["weights_gb"] = allocated_gb()
-    clock = StepClock(notebook["trainer"], stop_after=steps)
-    notebook["trainer"].add_callback(clock)
+    clock = add_clock(notebook["trainer"], stop_after=steps)
     reset_peaks()
     try:
         run_after("share-prompts", "train", notebook)
@@ -664,8 +681,7 @@ def check_7b_stock(place, steps=3):
         processing_class=notebook["tokenizer"],
         peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
-    clock = StepClock(trainer, stop_after=steps)
-    trainer.add_callback(clock)
+    clock = add_clock(trainer, stop_after=steps)
     reset_peaks()
     trainer.train()
     found = {"wrong": [], "losses": losses_of(trainer), **peak_memory()}

@@ -1,4 +1,4 @@
-"""The checks for a GPU: rehearsed on a CPU, each outlived by the others, and about today's notebook."""
+"""The checks for a GPU: rehearsed on a CPU, none takes the others down, all know the notebook."""
 
 import ast
 import json
@@ -95,7 +95,7 @@ def test_the_checks_name_what_the_notebook_has():
 
 
 def test_a_card_that_says_it_is_older(monkeypatch):
-    """What the cell `machine` is told of an imitated T4, here on top of a card that is none either."""
+    """What the cell `machine` is told of an imitated T4; the card beneath is made up as well."""
 
     class Card:
         name, major, minor, total_memory = "a large card", 9, 0, 150e9
