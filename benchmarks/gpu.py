@@ -4,9 +4,9 @@
     python benchmarks/gpu.py --rehearse     # all of it with small shapes on a CPU
 
 The checks come in the order of their worth, and each runs in a process of its own, so that one that
-crashes, or that hangs, costs itself alone. After each of them gpu.json and gpu.md are written anew in
-the folder --output, with what each process printed beside them. A check says what is wrong, if
-anything is, in sentences; what could not be measured without a GPU stays empty.
+crashes, or that hangs, costs itself alone. After each of them gpu.json and gpu.md are written anew
+in the folder --output, and what each process printed is beside them. A check says in sentences what
+is wrong, if anything is; what could not be measured without a GPU stays empty.
 """
 
 import argparse
@@ -32,7 +32,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from transformers import TrainerCallback
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -158,7 +157,7 @@ def run_after(cell, last, namespace):
 
 
 def hash_by_name(opened, kind):
-    """In place of hashlib.file_digest: to read 14.5 GB for a name of the base is not what is measured."""
+    """In place of hashlib.file_digest: reading 14.5 GB for it is not what is measured."""
     return hashlib.new(kind, opened.name.encode())
 
 
@@ -180,7 +179,7 @@ def losses_of(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-class StepClock(TrainerCallback):
+class StepClock:
     """Measures the steps of a trainer, and ends its training after some of them.
 
     The first step is not measured: kernels are compiled and memory is found in it.
@@ -201,25 +200,44 @@ class StepClock(TrainerCallback):
             kind = "with gradients" if torch.is_grad_enabled() else "without"
             self.tokens[kind] += inputs[0].numel()
 
-    def on_step_begin(self, args, state, control, **_):
-        self.measuring = state.global_step > 0
+    def begin(self, steps_done):
+        """To be called before a step."""
+        self.measuring = steps_done > 0
         wait_for_gpu()
         self.start = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **_):
+    def end(self, steps_done):
+        """To be called after a step. Returns whether it was the last one."""
         wait_for_gpu()
         if self.measuring:
             self.seconds.append(time.perf_counter() - self.start)
         self.measuring = False
         if self.trainer.accelerator.optimizer_step_was_skipped:
             self.skipped_steps += 1
-        if state.global_step >= self.stop_after:
-            control.should_training_stop = True
+        return steps_done >= self.stop_after
 
     def operations_per_second(self, linear_weights):
-        """Of the linear layers: forward, backward through frozen weights, the reference's forward."""
+        """Of linear layers: forward, backward through frozen weights, the reference's forward."""
         passes = 2 * self.tokens["with gradients"] + self.tokens["without"]
         return 2 * linear_weights * passes / sum(self.seconds)
+
+
+def add_clock(trainer, stop_after):
+    """The `StepClock` of a trainer."""
+    from transformers import TrainerCallback  # seconds, which most checks can do without
+
+    clock = StepClock(trainer, stop_after)
+
+    class CallClock(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            clock.begin(state.global_step)
+
+        def on_step_end(self, args, state, control, **_):
+            if clock.end(state.global_step):
+                control.should_training_stop = True
+
+    trainer.add_callback(CallClock())
+    return clock
 
 
 # 1. Kernels
@@ -579,15 +597,14 @@ def cap_memory(memory_bytes):
 
 
 def train_7b(place, output, steps=3, **changes):
-    """Some steps of the notebook's whole run on the 7B, the batch that needs most memory included."""
+    """Some steps of a whole run on the 7B, and the batch of that run that needs most memory."""
     notebook = prepare(parameters_7b(place, output, **changes))
     # Generating is no part of training: the questions count as asked.
     notebook["run"]["before"] = dict.fromkeys(notebook["questions"], "")
     found = {"wrong": [], **plan_of(notebook)}
     run_after("questions", "share-prompts", notebook)
     found["weights_gb"] = allocated_gb()
-    clock = StepClock(notebook["trainer"], stop_after=steps)
-    notebook["trainer"].add_callback(clock)
+    clock = add_clock(notebook["trainer"], stop_after=steps)
     reset_peaks()
     try:
         run_after("share-prompts", "train", notebook)
@@ -664,8 +681,7 @@ def check_7b_stock(place, steps=3):
         processing_class=notebook["tokenizer"],
         peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
-    clock = StepClock(trainer, stop_after=steps)
-    trainer.add_callback(clock)
+    clock = add_clock(trainer, stop_after=steps)
     reset_peaks()
     trainer.train()
     found = {"wrong": [], "losses": losses_of(trainer), **peak_memory()}
@@ -674,7 +690,7 @@ def check_7b_stock(place, steps=3):
 
 
 class OlderCard:
-    """The properties of the card in use, but for its name, its memory and its compute capability."""
+    """The properties of the card in use, but for name, memory and compute capability."""
 
     name, major, minor = "an imitated T4", 7, 5
 
@@ -697,7 +713,8 @@ def imitated_t4(memory_bytes=15.8e9):
         return
     from triton.runtime import driver
 
-    driver.active.get_current_target()  # Triton asks for the capability once, and has to know the true one
+    # Triton keeps the function that it asks for the capability, and needs the true answer.
+    driver.active.get_current_target()
     card = OlderCard(torch.cuda.get_device_properties(), memory_bytes)
     architectures = [*torch.cuda.get_arch_list(), "sm_75"]
     cap_memory(memory_bytes)
@@ -768,7 +785,7 @@ def run_in_shell(shell, first, last, **parameters):
 
 
 def interrupt_once(trainer, step):
-    """Makes a trainer stop as by Ctrl-C after so many steps, inside a step, when most memory is in use."""
+    """Stops a trainer as Ctrl-C does, inside the step after `step`, with most memory in use."""
     plain_compute_loss = trainer.compute_loss
 
     def compute_loss(model, inputs, *arguments, **options):
@@ -782,7 +799,7 @@ def interrupt_once(trainer, step):
 
 
 def check_interrupt(place):
-    """Interrupted inside a step; the training cell is run again, and then the one that loads the model."""
+    """Interrupted inside a step; the cell `train` is run again, and then the cell `load`."""
     steps = 4 if place.rehearse else 8
     changes = dict(max_steps=steps, warmup_steps=1)
     shell = new_shell()
@@ -875,7 +892,7 @@ def make_overflowing(source, folder):
 
 
 def check_overflow(place):
-    """A base that overflows in fp16 ends in a sentence before training, on a card without bfloat16."""
+    """On a card without bfloat16, a base that overflows ends in a sentence before training."""
     from rehearsal.notebook import run_cell
 
     parameters = tiny_parameters(place, "run-overflow")
@@ -925,7 +942,7 @@ def last_line(path):
 
 
 def child(function, place, result, log):
-    """What a check's process does: its output goes to a file, and what it found to another, as JSON."""
+    """What a check's process does: what it prints goes to one file, what it finds to another."""
     written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(written, 1)
     os.dup2(written, 2)
