@@ -49,7 +49,9 @@ def merge(pairs_file, tmp_path):
         sources = dict(base_model=str(base), dataset_id=pairs_file, output_dir=str(tmp_path / name))
         nb = run_cells("install", "base", **{**SMALL, **sources})
         make_adapter(base, nb["adapter_dir"])
-        nb["run"]["trained"] = SMALL["max_steps"]
+        nb["run"].write(trained=SMALL["max_steps"])
+        nb["run"].stage("saving")
+        nb["trained"] = True
         nb["free_memory"] = lambda: free
         nb["merged_dir"].mkdir()
         of_a_cut_merge = nb["merged_dir"] / "model-00007-of-00008.safetensors"
