@@ -2,6 +2,7 @@
 
 import ast
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -74,6 +75,7 @@ def test_the_limit_of_all_checks_holds(tmp_path):
     assert time.monotonic() - start < 30
     assert "stopped after 3 s" in found["hangs"]["error"]
     assert found["late"]["error"] == "not run: no time was left"
+    assert multiprocessing.active_children() == []  # a GPU's memory would stay taken
 
 
 def test_the_checks_name_what_the_notebook_has():
