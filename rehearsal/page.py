@@ -14,11 +14,18 @@ CODE = re.compile(r"(```.*?```|`[^`]*`)", re.DOTALL)
 DISPLAYED = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
 INLINE = re.compile(r"\$([^\s$](?:[^$]*[^\s$])?)\$")
 # Jupyter's own page, without the scripts that it would fetch: MathJax, and those of widgets and
-# diagrams.
+# diagrams; and with the folded cells folded, as they are in Colab, Jupyter and Kaggle.
 TEMPLATE = """{% extends "lab/index.html.j2" %}
 {% block html_head_js %}{% endblock %}
 {% block html_head_js_mathjax %}{% endblock %}
 {% block html_head_js_mermaidjs %}{% endblock %}
+{% block input_group %}
+{% if cell.metadata.cellView == "form" %}
+<details style="margin-left: 80px"><summary>{{ cell.source.split("\n")[0][9:] }}</summary>
+{{ super() }}
+</details>
+{% else %}{{ super() }}{% endif %}
+{% endblock input_group %}
 """
 
 
