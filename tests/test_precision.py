@@ -79,9 +79,9 @@ def test_a_training_in_fp16_that_was_interrupted_ends_as_if_it_had_not_been(
     in_half, from_a_checkpoint
 ):
     """The scale of the gradients, which the first steps lower, is set back as well."""
-    undisturbed = in_half(output_dir="undisturbed", init_scale=2.0**40)
+    undisturbed = in_half(output_dir="undisturbed", init_scale=2.0**22)
     train(undisturbed)
-    nb = in_half(output_dir="interrupted", init_scale=2.0**40)
+    nb = in_half(output_dir="interrupted", init_scale=2.0**22)
     nb["trainer"].add_callback(InterruptAt(3))
     with pytest.raises(KeyboardInterrupt):
         train(nb)
@@ -89,7 +89,7 @@ def test_a_training_in_fp16_that_was_interrupted_ends_as_if_it_had_not_been(
         for checkpoint in nb["folder"].glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     run_cells("train", "save", nb)
-    assert undisturbed["trainer"].accelerator.scaler.get_scale() < 2.0**40
+    assert undisturbed["trainer"].accelerator.scaler.get_scale() < 2.0**22
     assert nb["run"]["logps"] == undisturbed["run"]["logps"]
 
 
@@ -135,7 +135,7 @@ def test_a_base_that_overflows_is_told_after_the_merge_with_its_scores_in_bf16(
     nb = run_cells("install", "merge", **SMALL, **sources, output_dir=str(tmp_path / "run"))
     nb["on_gpu"] = True  # where it is scored in fp16
     with pytest.raises(ValueError, match="overflows in FP16.*is not pushed. Use the adapter"):
-        run_cell("score-merged", nb)
+        run_cells("load-and-score", "score-merged", nb)
     assert nb["model"].dtype == torch.bfloat16
     assert torch.tensor(nb["run"]["logps"]["merged"]).isfinite().all()
     assert nb["is_whole"](nb["adapter_dir"])

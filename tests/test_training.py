@@ -282,7 +282,7 @@ def test_attention_dropout_is_switched_off_and_said(models, pairs_file, tmp_path
     AutoTokenizer.from_pretrained(models["llama3"]).save_pretrained(tmp_path / "base")
     sources = dict(base_model=str(tmp_path / "base"), dataset_id=pairs_file)
     nb = build_trainer(**sources, output_dir=str(tmp_path / "run"), load_in_4bit=False)
-    assert "drops attention at random" in capsys.readouterr().out
+    assert "would drop attention scores at random" in capsys.readouterr().out
     train(nb)
     assert nb["run"]["history"][1]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
@@ -313,7 +313,7 @@ def test_a_whole_run_of_another_family(models, pairs_file, tmp_path, capsys, fam
     sources = dict(base_model=models[family], dataset_id=pairs_file, output_dir=str(tmp_path))
     nb = run_cells("install", list(CELLS)[-1], **{**SMALL, **sources})
     printed = capsys.readouterr().out
-    assert f"a system turn {system}" in " ".join(printed.split())
+    assert f"a system turn: {system}" in printed
     assert "The model stays in" in printed
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert any(weight.any() for name, weight in adapter.items() if "lora_B" in name)

@@ -45,7 +45,7 @@ def build_trainer(**parameters):
 
 def train(nb):
     """Runs the cells of the training, after those that built its trainer."""
-    return run_cells("run-prompts-once", "save", nb)
+    return run_cells("by-hand", "save", nb)
 
 
 def batch_of(trainer, count=4):
