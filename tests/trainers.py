@@ -3,6 +3,9 @@
 import json
 
 import torch
+from datasets import Dataset
+from peft import LoraConfig
+from trl import DPOTrainer
 
 from rehearsal.notebook import run_cells
 
@@ -57,3 +60,44 @@ def batch_of(trainer, count=4):
 def read_record(folder):
     """The content of a run's run.json."""
     return json.loads((folder / "run.json").read_text())
+
+
+# TRL weights its other metrics by the tokens of each batch, so they depend on which pairs share one.
+CURVES = "loss eval_loss grad_norm rewards/margins rewards/chosen rewards/rejected".split()
+
+
+def curves(trainer):
+    """Trains; returns {metric: its values in the order of the steps}."""
+    trainer.train()
+    found = {}
+    for name in [*CURVES, "logps/chosen"]:
+        found[name] = [entry[name] for entry in trainer.state.log_history if name in entry]
+    return found
+
+
+def as_texts(nb, places):
+    """Rows of a notebook's run as the texts that TRL tokenizes itself."""
+    decode, rows = nb["tokenizer"].decode, []
+    for place in places:
+        row = nb["rows"][place]
+        rows.append({name: decode(row[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")})
+    return Dataset.from_list(rows)
+
+
+def stock_curves(nb, order):
+    """The curves of TRL's own trainer with its own tokenization, on these rows of a notebook's run
+    and with its settings.
+    """
+    lora = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = DPOTrainer(
+        model=nb["load_4bit"](nb["base"], nb["dtype"], quantise=nb["load_in_4bit"]),
+        args=nb["training_args"],
+        train_dataset=as_texts(nb, order),
+        eval_dataset=as_texts(nb, nb["held_out"]),
+        processing_class=nb["tokenizer"],
+        peft_config=lora,
+    )
+    for parameter in trainer.model.parameters():  # of a 4-bit base TRL has the adapter in bf16
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return curves(trainer)
