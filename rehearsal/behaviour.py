@@ -174,9 +174,8 @@ def draw_picture(output, table, picture, rule="two_sentences", places=(0, 1)):
         for column, (when, file) in enumerate(zip(["Before", f"After {last['round']} rounds"], files, strict=True)):
             axes = figure.add_subplot(rows[number, column])
             axes.axis("off")
-            question = textwrap.fill(prompts[place].removesuffix(REQUEST), 54)
-            head = f"{when}: {question}" if column else f"{when}: {question}"
-            axes.text(0, 1, head, va="top", fontsize=11, weight="bold", parse_math=False)
+            question = prompts[place].removesuffix(REQUEST)
+            axes.text(0, 1, f"{when}: {question}", va="top", fontsize=11, weight="bold", parse_math=False)
             axes.text(0, 0.84, answer_in_lines(file, place), va="top", fontsize=10.5, parse_math=False)
     for column, (name, words) in enumerate(RULES.items()):
         axes = figure.add_subplot(rows[-1, column])
