@@ -313,7 +313,7 @@ def test_a_measured_behaviour_in_words_and_in_a_picture(tmp_path):
         assert behaviour.kept("two_sentences", found) == [rule == "two_sentences"]
         assert behaviour.kept("two_sentences", [{**found[0], "finished": False}]) == [False]
     words = behaviour.in_words(table).splitlines()
-    assert words[0].split()[:5] == ["before", "exactly", "two", "sentences", "10%"] and "(6% to 17%)" in words[0]
-    assert "two_sentences, round 1" in words[1] and "exactly two sentences 90% (83% to 94%)" in words[1]
-    behaviour.draw_picture(tmp_path, table, tmp_path / "picture.png")
+    assert words[0].split()[:2] == ["before", "has"] and "has exactly two sentences 10% (6% to 17%)" in words[0]
+    assert "two_sentences, round 1" in words[1] and "has exactly two sentences 90% (83% to 94%)" in words[1]
+    behaviour.draw_picture(tmp_path, table, tmp_path / "picture.png", places=[0, 1])
     assert (tmp_path / "picture.png").stat().st_size > 30_000
