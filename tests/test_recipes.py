@@ -184,7 +184,7 @@ def test_from_prompts_to_a_better_model_in_two_rounds(hub, tmp_path):
     def own(line):
         line = line.replace("HuggingFaceTB/SmolLM2-135M-Instruct", BASE).replace("--answers 4", "--answers 6")
         line = re.sub(r"recipes/make_pairs/(prompts|held_out).txt", r"\1.txt", line)
-        return line.replace("recipes/make_pairs/two_sentences.py", "rule.py").replace("max_steps 14", "max_steps 20")
+        return line.replace("recipes/make_pairs/two_sentences.py", "rule.py").replace("max_steps 14", "max_steps 40")
 
     def polite(model):
         line = own(command("make_pairs", "python recipes/make_pairs/share.py")).replace("dpo_run/merged", model)
@@ -196,7 +196,7 @@ def test_from_prompts_to_a_better_model_in_two_rounds(hub, tmp_path):
         pairs = [json.loads(line) for line in Path("pairs.jsonl").open()]
         assert all(pair["chosen"].startswith("Sure") > pair["rejected"].startswith("Sure") for pair in pairs)
         run(own(command("make_pairs", "papermill dpo_finetune.ipynb out.ipynb")) + " --no-progress-bar")
-        assert polite("dpo_run/merged") >= min(before + 20, 100)
+        assert polite("dpo_run/merged") >= before + 15
 
         Path("rule.py").write_text(LONG)
         run(own(command("make_pairs", "python recipes/make_pairs/make_pairs.py --model dpo_run")))
