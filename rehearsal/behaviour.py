@@ -22,7 +22,7 @@ from rehearsal.real import make_real_model
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "make_pairs"
 REQUEST = " Answer in two sentences, with an example."
-RULES = {"two_sentences": "exactly two sentences", "example": "names an example"}
+RULES = {"two_sentences": "has exactly two sentences", "example": "names an example"}
 SAMPLING = ["--max-new-tokens", "96", "--temperature", "0.8", "--dtype", "bfloat16"]
 PARAMETERS = dict(  # about one pass over the pairs of a round
     load_in_4bit=False,
@@ -169,63 +169,72 @@ def in_words(table):
     return "\n".join(lines)
 
 
-def answer_in_lines(file, place, width=58, most=7):
-    """The answer at a place of a file of answers, wrapped, with an ellipsis where it is longer than `most` lines."""
+def read_answer(file, place, width=52, most=6):
+    """The lines of the answer at a place of a file of answers; the last is an ellipsis where there are more."""
     line = file.read_text(encoding="utf-8").split("\n")[1 + place]
-    paragraphs = json.loads(line)[0]["text"].split("\n")
-    lines = [
-        part for paragraph in paragraphs if paragraph for part in textwrap.wrap(paragraph, width)
-    ]
-    return "\n".join(lines[:most] + ["…"] * (len(lines) > most))
+    answer = json.loads(line)[0]
+    lines = []
+    for paragraph in answer["text"].splitlines():
+        lines += textwrap.wrap(paragraph, width)
+    if len(lines) > most or not answer["finished"]:
+        lines = [*lines[: most - 1], "…"]
+    return lines
 
 
-def draw_picture(output, table, picture, rule="two_sentences", places=(0, 1)):
-    """What was asked, the answers before and after in two columns, and the shares of all models with their intervals.
+def draw_picture(output, table, picture, rule="two_sentences", places=(0, 1, 2)):
+    """What was asked, answers before and after in two columns, and the shares of all models with their intervals.
 
-    places: of the held-out prompts that are shown.
+    places: which of the held-out prompts are shown, by default the first ones.
     """
     last = max((row for row in table if row["rule"] == rule), key=lambda row: row["round"])
-    files = [
-        answers_file(output, "before", 0, 0),
+    before, after = (
+        answers_file(output, "before", 1, 0),
         answers_file(output, rule, last["seed"], last["round"]),
-    ]
-    prompts = [line.strip() for line in (RECIPE / "held_out.txt").open()]
-    figure = plt.figure(figsize=(10, 2.6 + 1.9 * len(places)), layout="constrained")
-    rows = figure.add_gridspec(len(places) + 1, 2, height_ratios=[1.9] * len(places) + [2.4])
-    for number, place in enumerate(places):
-        for column, (when, file) in enumerate(
-            zip(["Before", f"After {last['round']} rounds"], files, strict=True)
-        ):
-            axes = figure.add_subplot(rows[number, column])
-            axes.axis("off")
-            question = textwrap.fill(prompts[place].removesuffix(REQUEST), 54)
-            head = f"{when}: {question}" if column else f"{when}: {question}"
-            axes.text(0, 1, head, va="top", fontsize=11, weight="bold", parse_math=False)
-            axes.text(
-                0, 0.84, answer_in_lines(file, place), va="top", fontsize=10.5, parse_math=False
-            )
+    )
+    prompts = [line.strip().removesuffix(REQUEST) for line in (RECIPE / "held_out.txt").open()]
+    texts, height = [], 1.6  # (column, line, text, weight)
+    for column, when in enumerate(
+        ["before", f"after {last['round']} rounds of DPO on its own answers"]
+    ):
+        texts.append((column, 0, when, "bold"))
+    for place in places:
+        columns = [read_answer(before, place), read_answer(after, place)]
+        texts.append((0, height, prompts[place], "bold"))
+        for column, lines in enumerate(columns):
+            texts += [
+                (column, height + 1.1 + number, line, "normal") for number, line in enumerate(lines)
+            ]
+        height += max(map(len, columns)) + 1.8
+
+    inches = 0.19 * height
+    figure = plt.figure(figsize=(9.5, inches + 3.3))
+    rows = figure.add_gridspec(2, 2, height_ratios=[inches, 2], hspace=0.12)
+    rows.update(left=0.06, right=0.99, top=1 - 0.5 / (inches + 3.3), bottom=0.55 / (inches + 3.3))
+    axes = figure.add_subplot(rows[0, :])
+    axes.set(xlim=(0, 1), ylim=(height, 0))
+    axes.axis("off")
+    for column, line, text, weight in texts:
+        axes.text(
+            0.52 * column, line, text, va="top", fontsize=10.5, weight=weight, parse_math=False
+        )
     for column, (name, words) in enumerate(RULES.items()):
-        axes = figure.add_subplot(rows[-1, column])
-        measured = [row for row in table if row["rule"] in ("before", name)]
-        for row in measured:
-            low, high = interval(row[name], row["answers"])
-            share = row[name] / row["answers"]
-            axes.bar(
-                str(row["round"]),
-                share,
-                yerr=[[share - low], [high - share]],
-                capsize=6,
-                color="C0",
-                alpha=0.7,
-            )
-            axes.annotate(
-                f"{share:.0%}",
-                (str(row["round"]), high),
-                (0, 3),
-                textcoords="offset points",
-                ha="center",
-            )
-        axes.set(title=f"Answer {words}", xlabel="rounds of DPO on own answers", ylim=(0, 1.1))
-        axes.yaxis.set_major_formatter("{x:.0%}")
-    figure.suptitle(f"SmolLM2-135M, asked for: “{REQUEST.strip()}”", fontsize=13)
-    figure.savefig(picture, dpi=180)
+        axes = figure.add_subplot(rows[1, column])
+        for row in table:
+            if row["rule"] in ("before", name):
+                low, high = interval(row[name], row["answers"])
+                share, when = row[name] / row["answers"], str(row["round"])
+                axes.bar(
+                    when,
+                    share,
+                    yerr=[[share - low], [high - share]],
+                    capsize=6,
+                    color="C0",
+                    alpha=0.7,
+                )
+                axes.annotate(
+                    f"{share:.0%}", (when, high), (0, 3), textcoords="offset points", ha="center"
+                )
+        axes.set(title=f"share that {words}", xlabel="rounds of DPO", ylim=(0, 1.1))
+        axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    figure.suptitle(f"SmolLM2-135M-Instruct, asked each time: “{REQUEST.strip()}”", fontsize=12.5)
+    figure.savefig(picture, dpi=190)

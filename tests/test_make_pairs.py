@@ -24,6 +24,8 @@ import from_comparisons  # noqa: E402
 import make_pairs  # noqa: E402
 import rankings  # noqa: E402
 
+from rehearsal import behaviour  # noqa: E402
+
 PROMPTS = [
     f"What is {subject}?"
     for subject in ("a lion", "a bee", "Mars", "tea", "rain", "chess", "a saw")
@@ -408,3 +410,33 @@ def test_other_sets_are_refused_by_their_columns(compare):
         match="The columns of .*rows.jsonl are text; read are sets with one of overall_pref",
     ):
         compare([{"text": "x"}])
+
+
+def test_a_measured_behaviour_in_words_and_in_a_picture(tmp_path):
+    """What `python -m rehearsal --behaviour` shows, of made-up answers."""
+    answers = {
+        "before": "Tea.",
+        "two_sentences": "Tea is a drink. It is hot.",
+        "example": "Drinks, such as tea. " * 9,
+    }
+    table = []
+    for number, (rule, text) in enumerate(answers.items()):
+        file = behaviour.answers_file(tmp_path, rule, 1, min(number, 1))
+        found = [{"text": text, "tokens": 9, "finished": True}]
+        file.write_text("{}\n" + 2 * (json.dumps(found) + "\n"))
+        shares = {name: 90 if name == rule else 10 for name in behaviour.RULES}
+        table.append({"rule": rule, "round": min(number, 1), "seed": 1, "answers": 100, **shares})
+        table[-1] |= {"finished": 100, "tokens": 9.0, "nats": 1.5}
+        assert behaviour.kept("two_sentences", found) == [rule == "two_sentences"]
+        assert behaviour.kept("two_sentences", [{**found[0], "finished": False}]) == [False]
+    words = behaviour.in_words(table).splitlines()
+    assert (
+        words[0].split()[:2] == ["before", "has"]
+        and "has exactly two sentences 10% (6% to 17%)" in words[0]
+    )
+    assert (
+        "two_sentences, round 1" in words[1]
+        and "has exactly two sentences 90% (83% to 94%)" in words[1]
+    )
+    behaviour.draw_picture(tmp_path, table, tmp_path / "picture.png", places=[0, 1])
+    assert (tmp_path / "picture.png").stat().st_size > 30_000

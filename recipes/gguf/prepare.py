@@ -1,6 +1,6 @@
-"""Makes a folder for llama.cpp's converter: the merged model with the tokenizer files of its base.
+"""Makes a folder for llama.cpp's converter: the merged model, with the tokenizer files of the base it was made of.
 
-python recipes/gguf/prepare.py [BASE [MERGED [FOLDER]]]
+python recipes/gguf/prepare.py [MERGED [FOLDER]] [--base BASE]
 """
 
 import argparse
@@ -10,27 +10,40 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-parser.add_argument("base", nargs="?", default="teknium/OpenHermes-2.5-Mistral-7B")
 parser.add_argument("merged", nargs="?", type=Path, default=Path("dpo_run/merged"))
 parser.add_argument(
     "folder", nargs="?", type=Path, default=Path("dpo_run/for_gguf"), help="it is made"
 )
-arguments = parser.parse_args()
-base, merged, folder = arguments.base, arguments.merged, arguments.folder
+parser.add_argument("--base", help="if it was a local folder; else it stands in MERGED/run.json")
+options = parser.parse_args()
 
-revision = json.loads((merged / "run.json").read_text())["parameters"]["base_revision"]
-model, settings = (
-    cached_file(base, f"tokenizer{end}", revision=revision) for end in (".model", "_config.json")
-)
-config = json.loads(Path(settings).read_text())
-config.pop("chat_template", None)  # the result's own stands in chat_template.jinja
-config.update(json.loads((merged / "tokenizer_config.json").read_text()))  # bos and eos as well
-folder.mkdir()
-for path in [
-    *merged.glob("*.safetensors*"),
-    merged / "config.json",
-    merged / "chat_template.jinja",
-]:
-    (folder / path.name).symlink_to(path.resolve())
-(folder / "tokenizer.model").symlink_to(Path(model).resolve())
-(folder / "tokenizer_config.json").write_text(json.dumps(config))
+made_of = json.loads((options.merged / "run.json").read_text(encoding="utf-8"))["parameters"]
+base, revision = options.base or made_of["base_model"], made_of["base_revision"]
+options.folder.mkdir()
+
+
+def from_base(name):
+    """Where a file of the base is, or None if the base has none of this name."""
+    return cached_file(base, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+
+
+def link(path):
+    (options.folder / path.name).symlink_to(path.resolve())
+
+
+for path in [*options.merged.glob("*.safetensors*"), options.merged / "config.json"]:
+    link(path)
+link(options.merged / "chat_template.jinja")
+model = from_base("tokenizer.model")
+if model:
+    # transformers does not save this file, and without it the converter splits text into other tokens.
+    link(Path(model))
+    settings = json.loads(Path(from_base("tokenizer_config.json")).read_text(encoding="utf-8"))
+    settings.pop("chat_template", None)  # the result's own stands in chat_template.jinja
+    settings.update(
+        json.loads((options.merged / "tokenizer_config.json").read_text(encoding="utf-8"))
+    )
+    (options.folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+else:
+    link(options.merged / "tokenizer.json")
+    link(options.merged / "tokenizer_config.json")

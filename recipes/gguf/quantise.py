@@ -8,8 +8,8 @@ import argparse
 import llama_cpp
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-parser.add_argument("source", nargs="?", default="dpo_run/NeuralHermes-2.5-Mistral-7B.F16.gguf")
-parser.add_argument("target", nargs="?", default="dpo_run/NeuralHermes-2.5-Mistral-7B.Q4_K_M.gguf")
+parser.add_argument("source", nargs="?", default="dpo_run/model.F16.gguf")
+parser.add_argument("target", nargs="?", default="dpo_run/model.Q4_K_M.gguf")
 arguments = parser.parse_args()
 
 settings = llama_cpp.llama_model_quantize_default_params()

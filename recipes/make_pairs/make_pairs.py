@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import operator
 from collections import Counter
 from pathlib import Path
 
@@ -133,100 +134,64 @@ def choose_pair(answers, scores, gap=0, length_ratio=0):
     of the shorter, at most; 0 for any.
     Raises ValueError(reason) where there is no such pair.
     """
-    finished = [
-        place for place, answer in enumerate(answers) if answer["finished"] and answer["text"]
-    ]
-    couples = [
-        (scores[a] - scores[b], a, b) for a, b in itertools.product(finished, range(len(answers)))
-    ]
-    better = [couple for couple in couples if couple[0] > 0]
-    far = [couple for couple in better if couple[0] >= gap]
-    alike = []
-    for couple in far:
-        shorter, longer = sorted(answers[place]["tokens"] for place in couple[1:])
-        if not length_ratio or longer <= length_ratio * shorter:
-            alike.append(couple)
+    said = [place for place, answer in enumerate(answers) if answer["text"]]
+    finished = [place for place in said if answers[place]["finished"]]
+    couples = [(scores[a] - scores[b], a, b) for a, b in itertools.product(finished, said)]
+    couples.sort(key=operator.itemgetter(0), reverse=True)
     if not finished:
         raise ValueError("no answer ended within --max-new-tokens")
-    if not better:
+    if couples[0][0] <= 0:
         raise ValueError("no finished answer is better than another")
-    if not far:
+    if couples[0][0] < gap:
         raise ValueError("the best is less than --gap better than the worst")
-    if not alike:
-        raise ValueError("no two of them are of like length")
-    return max(alike, key=lambda couple: couple[0])[1:]
+    for points, chosen, rejected in couples:
+        if points <= 0 or points < gap:
+            break
+        shorter, longer = sorted(answers[place]["tokens"] for place in (chosen, rejected))
+        if not length_ratio or longer <= length_ratio * shorter:
+            return chosen, rejected
+    raise ValueError("no two of them are of like length")
 
 
 def parse_options():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    asked = parser.add_argument_group("what is asked")
-    asked.add_argument(
-        "--model", required=True, help="a chat model's Hub id, or a folder such as dpo_run/merged"
-    )
-    asked.add_argument(
-        "--prompts",
-        required=True,
-        help="a .txt file, a prompt a line; a .jsonl file; or a data set's Hub id",
-    )
-    asked.add_argument(
-        "--column", default="prompt", help="of the .jsonl file or data set: texts or message lists"
-    )
-    asked.add_argument("--split", default="train", help="of the data set")
-    asked.add_argument("--count", type=int, default=0, help="prompts at most; 0 for all")
-    sampled = parser.add_argument_group("how answers are sampled")
-    sampled.add_argument("--answers", type=int, default=6, help="to each prompt (%(default)s)")
-    sampled.add_argument(
-        "--max-new-tokens", type=int, default=512, help="of an answer (%(default)s)"
-    )
-    sampled.add_argument(
+    add = parser.add_argument_group("what is asked").add_argument
+    add("--model", required=True, help="a chat model's Hub id, or a folder such as dpo_run/merged")
+    add("--prompts", required=True, help=".txt, a prompt a line; .jsonl; or a data set's Hub id")
+    add("--column", default="prompt", help="of .jsonl or data set: texts or messages (%(default)s)")
+    add("--split", default="train", help="of the data set (%(default)s)")
+    add("--count", type=int, default=0, help="prompts at most; 0 for all")
+    add = parser.add_argument_group("how answers are sampled").add_argument
+    add("--answers", type=int, default=6, help="to each prompt (%(default)s)")
+    add("--max-new-tokens", type=int, default=512, help="of an answer (%(default)s)")
+    add(
         "--temperature",
         type=float,
         default=0.8,
-        help="1 is the model itself, less is tamer (%(default)s)",
+        help="1: as the model is; less: tamer (%(default)s)",
     )
-    sampled.add_argument(
+    add(
         "--batch-size",
         type=int,
         default=8,
-        help="prompts at once, each with all its answers (%(default)s)",
+        help="prompts at once, with all their answers (%(default)s)",
     )
-    sampled.add_argument(
+    add(
         "--dtype",
         default="auto",
-        help="bfloat16, float16 or float32; auto: as the machine computes best",
+        help="float32, bfloat16, float16; auto: what the machine is good at",
     )
-    sampled.add_argument("--seed", type=int, default=42)
-    ranked = parser.add_argument_group("how they are ranked, one of three")
-    way = ranked.add_mutually_exclusive_group(required=True)
-    way.add_argument(
-        "--rule",
-        metavar="FILE.py",
-        help="a file with score(prompt, answer), which gives a number for two texts",
-    )
-    way.add_argument(
-        "--reward-model",
-        nargs="?",
-        const=REWARD_MODEL,
-        help=f"Hub id or folder; without one, {REWARD_MODEL}",
-    )
-    way.add_argument(
-        "--judge", metavar="ADDRESS", help="OpenAI-compatible, as http://localhost:8000/v1"
-    )
+    add("--seed", type=int, default=42)
+    ranked = parser.add_argument_group("how they are ranked, by one of three")
+    add = ranked.add_mutually_exclusive_group(required=True).add_argument
+    add("--rule", metavar="FILE.py", help="with score(prompt, answer), a number for two texts")
+    add("--reward-model", nargs="?", const=REWARD_MODEL, help=f"Hub id or folder; {REWARD_MODEL}")
+    add("--judge", metavar="ADDRESS", help="OpenAI-compatible, such as http://localhost:8000/v1")
     ranked.add_argument("--judge-model", default="", help="the judge's name at that address")
-    kept = parser.add_argument_group("what is kept")
-    kept.add_argument(
-        "--gap",
-        type=float,
-        default=0,
-        help="points by which the best has to beat the worst, if not just any",
-    )
-    kept.add_argument(
-        "--length-ratio",
-        type=float,
-        default=0,
-        help="tokens of the longer by those of the shorter; 0 for any",
-    )
-    kept.add_argument("--output", type=Path, default=Path("pairs.jsonl"), help="(%(default)s)")
+    add = parser.add_argument_group("what is kept").add_argument
+    add("--gap", type=float, default=0, help="points between best and worst at least; 0 for any")
+    add("--length-ratio", type=float, default=0, help="longer by shorter answer at most; 0 for any")
+    add("--output", type=Path, default=Path("pairs.jsonl"), help="(%(default)s)")
     return parser.parse_args()
 
 
