@@ -436,6 +436,14 @@ def test_the_record_is_written_in_one_go(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text()) == {"trained": 1}
 
 
+def test_who_reads_the_record_while_it_is_written_finds_the_old_one_whole(tmp_path):
+    run = run_folder(tmp_path)["Run"]({}, tmp_path / "run.json")
+    run.write(trained=1)
+    with (tmp_path / "run.json").open() as reader:
+        run.write(trained=2)
+        assert json.load(reader) == {"trained": 1}
+
+
 @pytest.fixture
 def sources(tmp_path):
     """Runs the cells up to the sources, a base and a file of pairs with the run among the base's files."""

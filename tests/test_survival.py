@@ -407,14 +407,14 @@ def finished(uncut, hub, tmp_path, monkeypatch):
     monkeypatch.setattr(httpx2.Client, "send", impatient)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", hub.token)
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's own attempts
     sources = dict(base_model="some/base", dataset_id="some/pairs", new_model=tmp_path.name)
     folder = str(uncut[2] / "dpo_run")
     nb = run_cells(
         "install", "sources", **{**SMALL, **sources, "max_steps": STEPS, "output_dir": folder}
     )
-    assert nb["merged"]
+    assert nb["merged"] and not nb["hub_id"]
+    monkeypatch.setenv("HF_TOKEN", hub.token)
     run_cell("card", nb)
     return nb | dict(public=nb["run"]["parameters"], tables={}, patience=patience)
 
