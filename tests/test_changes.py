@@ -12,25 +12,10 @@ from safetensors.torch import load_file
 from standins import SIZE
 from trainers import SMALL
 
-from rehearsal.notebook import CELLS, run_cells
+from rehearsal.notebook import CELLS, NOTEBOOK, run_cells
 
 COLUMNS = 'columns.update(prompt=["ask"], chosen=["good"], rejected=["bad"])'
 QUESTIONS = ["Who may redistribute?", "Why?"]
-# A hinge that asks for a margin of 2, which TRL does not have.
-LOSS = """
-
-class OwnTrainer(LastingTrainer):
-    def _compute_loss(self, model, inputs, return_outputs):
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        output = model(**given, labels=labels, fused_lm_head=True, use_cache=False)
-        chosen, rejected = output.log_probs.sum(dim=1).chunk(2)
-        chosen_reward = self.beta * (chosen - inputs["ref_chosen_logps"])
-        rejected_reward = self.beta * (rejected - inputs["ref_rejected_logps"])
-        self.log_rewards(chosen_reward, rejected_reward)
-        loss = torch.relu(2 - (chosen_reward - rejected_reward)).mean()
-        return (loss, {"loss": loss}) if return_outputs else loss
-"""
 EVALUATION = """
 words_of_answers = {question: len(answer.split()) for question, answer in run["after"].items()}
 own_scores = score(model, rows.select(held_out))
@@ -44,6 +29,12 @@ def change(cells, name, old, new):
     cells[name] = cells[name].replace(old, new)
 
 
+def example_of_a_loss():
+    """The subclass that the text before the trainer shows: a hinge that asks for a margin of 2."""
+    (text,) = [cell.source for cell in NOTEBOOK.cells if cell.id == "trainer-text"]
+    return text.partition("```python\n")[2].partition("```")[0]
+
+
 def change_cells(cells):
     """What a reader writes, each in the place that the notebook names for it."""
     first, rest = cells["find-markup"].split("\n", 1)
@@ -51,7 +42,7 @@ def change_cells(cells):
     asked = re.search(r"questions = \[.*?\n\]", cells["questions"], re.DOTALL)[0]
     change(cells, "questions", asked, f"questions = {QUESTIONS}")
     change(cells, "questions", "max_new_tokens=200", "max_new_tokens=20")
-    cells["trainer"] += LOSS
+    cells["trainer"] += f"\n\n\n{example_of_a_loss()}"
     change(cells, "make-trainer", "trainer = LastingTrainer(", "trainer = OwnTrainer(")
     change(cells, "make-trainer", ", loss_of_a_tie(loss_type, beta)", "")
     cells["score-merged"] += EVALUATION
