@@ -1,16 +1,18 @@
-"""A training step of the 7B shape on imagined GPUs: memory of the notebook's plan, operations of each way to train.
+"""A training step of the 7B shape on imagined GPUs: memory, and operations of each way to train.
 
-    python benchmarks/simulate.py [--output FILE]      # needs no GPU; under four minutes on two cores
+    python benchmarks/simulate.py [--output FILE]    # needs no GPU; five minutes on two cores
 
-TRL's DPOTrainer, PEFT, bitsandbytes and the notebook's own cells run as they are, on tensors that have shapes and no numbers
-(FakeTensorMode); only what is made of integers is real, since shapes depend on it. Counted are, in forward and backward, the
-bytes of all tensors alive, operations of matrix products, kernels but for those of integers, and how often a GPU that has
-work is waited for. The factors of each product are asserted to have one dtype. Beside a step of the default run, in which
-each pair is seen once, a whole run on a small set is counted, in which pairs come back.
+TRL's DPOTrainer, PEFT, bitsandbytes and the notebook's own cells run as they are, on tensors that
+have shapes and no numbers (FakeTensorMode); only what is made of integers is real, since shapes
+depend on it. Counted are, in forward and backward, the bytes of all tensors alive, operations of
+matrix products, kernels but for those of integers, and how often a GPU that has work is waited
+for. The factors of each product are asserted to have one dtype. Beside a step of the default run,
+in which each pair is seen once, a whole run on a small set is counted, in which pairs come back.
 
-What it cannot see: how fast a kernel is, what a memory allocator wastes, what kernels need inside, and what is written down
-here instead of asked of CUDA: which attention PyTorch chooses, TRL's Triton kernels, and that bitsandbytes dequantises a
-layer before each product (with few tokens some cards need not).
+What it cannot see: how fast a kernel is, what a memory allocator wastes, what kernels need
+inside, and what is written down here instead of asked of CUDA: which attention PyTorch chooses,
+TRL's Triton kernels, and that bitsandbytes dequantises a layer before each product (with few
+tokens some cards need not).
 """
 
 import argparse
@@ -136,7 +138,9 @@ class Machine(TorchDispatchMode):
         return out
 
     def products(self, func, args, kwargs, out):
-        """The operations of a matrix product or of attention, of which a causal one never computes half; else 0."""
+        """The operations of a matrix product or of attention, of which a causal one never computes
+        half; else 0.
+        """
         count = flop_registry.get(func._overloadpacket)
         if not count:
             return 0
@@ -163,7 +167,9 @@ class Machine(TorchDispatchMode):
         absmax_code,
         absmax_offset,
     ):
-        """What bitsandbytes does on CUDA with many tokens: the layer in 16 bits, then an ordinary product."""
+        """What bitsandbytes does on CUDA with many tokens: the layer in 16 bits, then an ordinary
+        product.
+        """
         scales = (
             bnb.dequantize_blockwise(absmax_8bit, scales, absmax_code, 256, torch.float32)
             + absmax_offset
@@ -225,7 +231,9 @@ class Machine(TorchDispatchMode):
 
 
 def make_trainer(config, dtype, checkpointing):
-    """TRL's trainer for a model in NF4, with the adapter, its gradients and AdamW's moments in float32."""
+    """TRL's trainer for a model in NF4, with the adapter, its gradients and AdamW's moments in
+    float32.
+    """
     nf4 = hf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
     settings = dict(
         max_length=None, bf16=False, use_cpu=True, report_to="none", output_dir="."
@@ -262,7 +270,9 @@ def make_trainer(config, dtype, checkpointing):
 
 
 def loss(trainer, lengths, dtype):
-    """DPO's, of a batch of (prompt, chosen, rejected) lengths. Pairs of the same lengths are the same pair."""
+    """DPO's, of a batch of (prompt, chosen, rejected) lengths. Pairs of the same lengths are the
+    same pair.
+    """
     rows = []
     for prompt, chosen, rejected in lengths:
         row = dict(prompt_ids=[1] * prompt, chosen_ids=[2] * chosen, rejected_ids=[3] * rejected)
@@ -274,8 +284,10 @@ def loss(trainer, lengths, dtype):
 def simulate(batches, layers, dtype, layers_to_checkpoint=None, share=True, remember=True):
     """The machine after forward and backward of batches, by a model of so many layers.
 
-    layers_to_checkpoint: of (tokens, tokens of attention), as the notebook has it; None for never any.
-    share: prompts are run once. remember: the reference of a pair is computed when it is first met.
+    layers_to_checkpoint: of (tokens, tokens of attention), as the notebook has it; None for never
+    any.
+    share: prompts are run once. remember: the reference of a pair is computed when it is first
+    met.
     """
     machine = Machine()
     config = hf.MistralConfig(**{**SHAPE, "num_hidden_layers": layers})
@@ -299,8 +311,9 @@ def simulate(batches, layers, dtype, layers_to_checkpoint=None, share=True, reme
 
 
 def forward_operations(pairs):
-    """(of the layers' products, of attention, of the head): the operations of one forward pass in which each
-    distinct token of each pair is computed once, attention as it is masked, the head for the answers alone.
+    """(of the layers' products, of attention, of the head): the operations of one forward pass in
+    which each distinct token of each pair is computed once, attention as it is masked, the head
+    for the answers alone.
     """
     prompt, chosen, rejected = np.transpose(pairs)
     linear = LAYERS * 2 * LAYER * (prompt + chosen + rejected - 1)
@@ -313,7 +326,9 @@ def forward_operations(pairs):
 
 
 def least_of_policy(pairs):
-    """Operations that forward and backward of pairs cannot do without: weights that are frozen get no gradients."""
+    """Operations that forward and backward of pairs cannot do without: weights that are frozen get
+    no gradients.
+    """
     linear, attention, head = forward_operations(pairs)
     return 2 * linear + 3.5 * attention + 2 * head  # attention's backward: five products for two
 
@@ -329,8 +344,8 @@ def least(pairs):
 
 
 def whole_counts(batches, dtype, checkpointed, **how):
-    """The counts of a model of all layers, of which so many are checkpointed on average: from models of one layer,
-    of two, and of two of which one is checkpointed. how: as in `simulate`.
+    """The counts of a model of all layers, of which so many are checkpointed on average: from
+    models of one layer, of two, and of two of which one is checkpointed. how: as in `simulate`.
     """
 
     def count_with(layers, layers_to_checkpoint):
@@ -348,7 +363,7 @@ def whole_counts(batches, dtype, checkpointed, **how):
 
 
 def count(batches, dtype, checkpointed, **how):
-    """A step on average, on pairs that are met for the first time. Arguments as in `whole_counts`."""
+    """A step on average, on pairs met for the first time. Arguments as in `whole_counts`."""
     pairs = np.concatenate(batches)
     assert len(np.unique(pairs, axis=0)) == len(pairs)  # or some would be remembered
     steps = len(pairs) / PAIRS_PER_STEP
@@ -362,17 +377,18 @@ def count(batches, dtype, checkpointed, **how):
 
 
 def default_lengths():
-    """Lengths of as many pairs as the default run trains on, each once, none above its max_length."""
+    """Lengths of the pairs of a default run, each seen once, none longer than its max_length."""
     drawn = draw_lengths("orca", 7000, 0)
     fitting = [pair for pair in drawn if pair[0] + max(pair[1:]) <= 1536]
     return np.array(fitting[: STEPS * PAIRS_PER_STEP])
 
 
 def plan_for(card, lengths=None):
-    """The notebook's own plan of its default run on a card: its namespace after the split of a step, with `pairs`
-    in the order of training.
+    """The notebook's own plan of its default run on a card: its namespace after the split of a
+    step, with `pairs` in the order of training.
 
-    lengths: (prompt, chosen, rejected) tokens of each pair that is trained on, by default `default_lengths`.
+    lengths: (prompt, chosen, rejected) tokens of each pair that is trained on, by default
+    `default_lengths`.
     """
     lengths = default_lengths() if lengths is None else lengths
     nb = run_cell("parameters", {})
@@ -401,7 +417,9 @@ def plan_for(card, lengths=None):
 
 
 def batches_of_notebook(nb, sampled):
-    """The batches of steps that the notebook trains on as it planned. sampled: the places of each step's pairs."""
+    """The batches of steps that the notebook trains on as it planned. sampled: the places of each
+    step's pairs.
+    """
     size, batches = nb["split"].pairs_at_once, []
     for step in sampled:
         batches += [nb["pairs"][start : start + size] for start in step[::size]]
@@ -424,7 +442,9 @@ def mean_checkpointed(split):
 
 
 def peak_bytes(nb):
-    """What a model of all layers takes at the most, of the batches that are the largest in one way or another."""
+    """What a model of all layers takes at the most, of the batches that are the largest in one way
+    or another.
+    """
     split, pairs, size = nb["split"], nb["pairs"], nb["split"].pairs_at_once
     layers_to_checkpoint = None
     if split.checkpointed_layers.any():
@@ -438,11 +458,14 @@ def peak_bytes(nb):
 
 
 def measure_card(card):
-    """The notebook's plan for a card: memory predicted and simulated, operations over the least there are."""
+    """The notebook's plan for a card: memory predicted and simulated, operations over the least
+    there are.
+    """
     nb = plan_for(card)
     split, pairs = nb["split"], nb["pairs"]
     counted = count(batches_of_notebook(nb, SAMPLED), nb["dtype"], mean_checkpointed(split))
-    # Each pass over the weights takes as long as 130 tokens: policy, reference, backward, what is done again.
+    # Each pass over the weights takes as long as 130 tokens: policy, reference, backward, what is
+    # done again.
     passes = 3 + split.checkpointed_layers / LAYERS
     dequantising = nb["TOKENS_PER_READING"] * passes.sum() * 2 * LAYERS * LAYER / least(pairs)
     cuda_bytes = 1.5e9  # CUDA's own
@@ -467,10 +490,10 @@ def count_stock(checkpointed):
 
 
 def count_small_set(way):
-    """Operations of a whole run on a small set over the least, where the bound has each reference once.
+    """Operations of a whole run on a small set over the least, which has each reference once.
 
-    All pairs are trained on; evaluations are left out. way: "stock", "stock_precomputed", as TRL has it with
-    precompute_ref_log_probs, or "notebook".
+    All pairs are trained on; evaluations are left out. way: "stock", "stock_precomputed", as TRL
+    has it with precompute_ref_log_probs, or "notebook".
     """
     lengths = default_lengths()[:SMALL_SET]
     nb = plan_for(USUAL_CARD, lengths)
@@ -510,7 +533,7 @@ def measure():
         small_set = pool.map_async(count_small_set, SMALL_SET_WAYS, 1)
         cards, (checkpointed, kept), small_set = cards.get(), stock.get(), small_set.get()
     ways = [
-        # The recipe has a second model where stock TRL switches the adapter off, and computes the same.
+        # The recipe has a second model where stock TRL switches the adapter off.
         dict(name="recipe of 2024", **checkpointed),
         dict(name="stock TRL", **checkpointed),
         dict(name="stock TRL without checkpointing", **kept),

@@ -1,21 +1,24 @@
 """Measures the notebook against the recipe of January 2024 and against stock TRL, side by side.
 
-    python benchmarks/speed.py --device cpu     # a small model, large enough for matrix products to dominate
-    python benchmarks/speed.py --device cuda    # the 7B shape of OpenHermes-2.5, random weights, 4 bits
-    python benchmarks/speed.py --device cuda --caps    # the notebook's plan under the memory of smaller cards
+    python benchmarks/speed.py --device cpu            # a small model, on which products dominate
+    python benchmarks/speed.py --device cuda           # the shape of OpenHermes-2.5 7B, 4 bits
+    python benchmarks/speed.py --device cuda --caps    # the notebook in the memory of smaller cards
 
-Variants train on the same pairs in the same steps, each in a process of its own, one after the other, in rounds:
-    recipe      the recipe of January 2024 in today's TRL: batch 4, gradient checkpointing, a second model as
-                reference
-    stock       TRL with its defaults: batch 4, gradient checkpointing, the adapter switched off for the reference
+Variants train on the same pairs in the same steps, each in a process of its own, one after the
+other, in rounds:
+    recipe      the recipe of January 2024 in today's TRL: batch 4, gradient checkpointing, and a
+                second model as reference
+    stock       TRL with its defaults: batch 4, gradient checkpointing, the adapter switched off
+                for the reference
     stock-kept  the same without gradient checkpointing, where memory allows that
-    stock-precomputed   as stock, with precompute_ref_log_probs; of the small set, where pairs come back
+    stock-precomputed  as stock, with precompute_ref_log_probs: of the small set
     notebook    the cells of dpo_finetune.ipynb, from its parameters to its training
-and, on a GPU, notebook-tight: the same planned with no more memory than the recipe took.
-Weights are random and texts are random words: speed and memory do not depend on what a model has learnt. Step times
-leave out the first step, evaluation and saving; of the small set the first step is timed too, as is what is computed
-before it, since that is where references are computed. On a CPU, glibc is told to keep the memory that it has. Nothing
-is downloaded. A cap tests memory and, at 16 GB, fp16; which kernels PyTorch takes on such a card it cannot show.
+and, on a GPU, notebook-tight: the same planned with no more memory than the recipe took. Weights
+are random and texts are random words: speed and memory do not depend on what a model has learnt.
+Step times leave out the first step, evaluation and saving; of the small set the first step is
+timed too, as is what is computed before it, since that is where references are computed. On a
+CPU, glibc is told to keep the memory that it has. Nothing is downloaded. A cap tests memory and,
+at 16 GB, fp16; which kernels PyTorch takes on such a card it cannot show.
 """
 
 import argparse
@@ -56,7 +59,8 @@ from rehearsal.notebook import run_cells  # noqa: E402
 
 VARIANTS = ("recipe", "stock", "stock-kept", "stock-precomputed", "notebook", "notebook-tight")
 STOCK_BATCH = 4
-# Tokens of 80 pairs of Intel/orca_dpo_pairs, ChatML included: shares of the pairs, and the length each stays under.
+# Tokens of 80 pairs of Intel/orca_dpo_pairs, ChatML included: shares of the pairs, and the length
+# each stays under.
 SHARES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 MIXES = {  # prompt, chosen, rejected
     "orca": (
@@ -93,13 +97,16 @@ SHAPES = {
     ),
 }
 CHATML = (
-    "{% for message in messages %}<|im_start|> {{ message['role'] }} {{ message['content'] }} <|im_end|> {% endfor %}"
+    "{% for message in messages %}<|im_start|> {{ message['role'] }} {{ message['content'] }}"
+    " <|im_end|> {% endfor %}"
     "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
 )
 
 
 def draw_lengths(mix, count, seed):
-    """`count` triples of token counts (prompt, chosen, rejected), each drawn between the quantiles of a mix."""
+    """`count` triples of token counts (prompt, chosen, rejected), each drawn between the quantiles
+    of a mix.
+    """
     rng = random.Random(seed)
 
     def draw(quantiles):
@@ -112,8 +119,8 @@ def draw_lengths(mix, count, seed):
 
 
 def write_pairs(path, mix, count, vocabulary, seed=0):
-    """Pairs of random words whose token counts are those of a mix. A word is a token; the template adds five to a
-    prompt.
+    """Pairs of random words whose token counts are those of a mix. A word is a token; the template
+    adds five to a prompt.
     """
     rng = random.Random(seed)
 
@@ -129,7 +136,9 @@ def write_pairs(path, mix, count, vocabulary, seed=0):
 
 
 def write_model(folder, device):
-    """A Mistral of the shape for this device with random weights, and a tokenizer whose tokens are words."""
+    """A Mistral of the shape for this device with random weights, and a tokenizer whose tokens are
+    words.
+    """
     shape = SHAPES[device]
     special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "system", "user", "assistant"]
     words = special + [f"w{i}" for i in range(shape["vocab_size"] - len(special))]
@@ -155,7 +164,10 @@ def write_model(folder, device):
 
 
 def matmul_rate(device):
-    """The measured ceiling: operations per second of one large matrix product, in the precision that is trained in."""
+    """The measured ceiling: operations per second of one large matrix product, in the precision
+    that
+    is trained in.
+    """
     size, dtype, repeats = 3072, torch.float32, 5
     if device == "cuda":
         size, repeats = 8192, 50
@@ -224,7 +236,9 @@ class Clock(TrainerCallback):
 
 
 class TokenizedTrainer(DPOTrainer):
-    """TRL's trainer for rows that are token ids already; it knows how long its references took beforehand."""
+    """TRL's trainer for rows that are token ids already; it knows how long its references took
+    beforehand.
+    """
 
     precompute_seconds = 0.0
 
@@ -240,7 +254,9 @@ class TokenizedTrainer(DPOTrainer):
 
 
 def plan_notebook(parameters, cap):
-    """The notebook's namespace after its plan, before a model is loaded. cap: GB of a smaller card, or None."""
+    """The notebook's namespace after its plan, before a model is loaded. cap: GB of a smaller card,
+    or None.
+    """
     nb = run_cells("install", "machine", **parameters)
     if cap and cap <= 16:
         nb["dtype"] = torch.float16  # cards of this size cannot compute in bf16
@@ -248,7 +264,9 @@ def plan_notebook(parameters, cap):
 
 
 def train_notebook(nb, clock):
-    """Trains by the notebook's cells; returns the trainer. The base is not asked anything: that is no training."""
+    """Trains by the notebook's cells; returns the trainer. The base is not asked anything: that is
+    no training.
+    """
     run_cells("load", "questions", nb)
     nb["before"] = {}
     run_cells("training-args", "make-trainer", nb)
@@ -387,8 +405,8 @@ def run_variant(variant, parameters, cap=None, untimed_steps=1):
     columns = zip(*clock.steps[untimed_steps:], strict=True)
     seconds, with_gradient, without = [sum(column) for column in columns]
     seconds += getattr(trainer, "precompute_seconds", 0.0)
-    # Forward and backward through frozen weights, and the forward pass of the reference. What checkpointing
-    # computes again, attention and the LM head are not counted.
+    # Forward and backward through frozen weights, and the forward pass of the reference. What
+    # checkpointing computes again, attention and the LM head are not counted.
     operations = 2 * frozen_weights(trainer.model) * (2 * with_gradient + without)
     return dict(
         step_seconds=[step[0] for step in clock.steps],
@@ -409,7 +427,9 @@ def run_variant(variant, parameters, cap=None, untimed_steps=1):
 
 
 def in_own_process(function, *arguments, environment=None):
-    """What a function of this module returns in a process of its own, with these environment variables."""
+    """What a function of this module returns in a process of its own, with these environment
+    variables.
+    """
     with mock.patch.dict(os.environ, environment or {}):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             return pool.submit(function, *arguments).result()
@@ -430,7 +450,8 @@ def environment_for(device):
     if device == "cuda":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
         return dict(environment, CUDA_VISIBLE_DEVICES=visible[0])
-    # glibc gives large blocks back at once and asks for them again, which would be much of what is measured here.
+    # glibc gives large blocks back at once and asks for them again, which would be much of what is
+    # measured here.
     keep = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**40))
     return dict(environment, CUDA_VISIBLE_DEVICES="", **keep)
 
@@ -647,7 +668,9 @@ def describe_machine(arguments, rate):
 
 
 def held_to_the_recipe(job, runs):
-    """A job of notebook-tight with as much memory as the recipe took; None if there is none to be held to."""
+    """A job of notebook-tight with as much memory as the recipe took; None if there is none to be
+    held to.
+    """
     if not runs.get("recipe"):
         return None
     gpu_memory = runs["recipe"][-1]["peak_bytes"] / 1e9
@@ -709,7 +732,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--steps",
         type=int,
-        help="of a run; by default 3 on a CPU and 12 on a GPU, the first not timed, and 16 of the small set",
+        help="of a run; by default 3 on a CPU, 12 on a GPU, and 16 of the small set",
     )
     parser.add_argument("--mixes", nargs="+", choices=MIXES, default=list(MIXES))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS)

@@ -1,4 +1,4 @@
-"""The order of training and the split of its steps: what is planned fits, and is what is trained."""
+"""The order of training and the split of its steps: the plan fits, and is what is trained."""
 
 import shutil
 import types

@@ -1,4 +1,4 @@
-"""The simulation of GPUs counts what a real step does, and the tables that rest on it are today's."""
+"""The simulation of GPUs counts what a real step does, and the tables from it are today's."""
 
 import contextlib
 import json
@@ -72,7 +72,8 @@ def step(request, checkpointed):
         patch.setattr(simulate, "fake", counter)
         patch.setattr(simulate, "Machine", RealMachine)
         real = simulate.simulate([FEW_PAIRS], **how)
-    # Two products forward and five backward, half of each masked: its kernel on a CPU is not counted.
+    # Two products forward and five backward, half of each masked: its kernel on a CPU is not
+    # counted.
     attention = 4 * 2 * 50**2 * 64 * (3 * (1 + 2.5 + 1) + (checkpointed or 0))
     return SimpleNamespace(
         imagined=imagined,
@@ -98,8 +99,8 @@ def test_an_imagined_steps_bytes_are_a_real_ones(step):
 
 
 def test_a_remembered_reference_is_not_computed_again():
-    """A pair that comes back takes only forward and backward of the policy: a third less, or a little
-    less than that, as the adapter's own products are the policy's.
+    """A pair that comes back takes only forward and backward of the policy: a third less, or a
+    little less than that, as the adapter's own products are the policy's.
     """
     pairs = [(20, 30, 30), (10, 40, 20)]
 
