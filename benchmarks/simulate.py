@@ -1,15 +1,18 @@
-"""A training step of the 7B shape on imagined GPUs: memory of the notebook's plan, operations of each way to train.
+"""A training step of the 7B shape on imagined GPUs: memory, and operations of each way to train.
 
-    python benchmarks/simulate.py [--output FILE]      # needs no GPU; under four minutes on two cores
+    python benchmarks/simulate.py [--output FILE]    # needs no GPU; five minutes on two cores
 
-TRL's DPOTrainer, PEFT, bitsandbytes and the notebook's own cells run as they are, on tensors that have shapes and no numbers
-(FakeTensorMode); only what is made of integers is real, since shapes depend on it. Counted are, in forward and backward, the
-bytes of all tensors alive, operations of matrix products, kernels but for those of integers, and how often a GPU that has
-work is waited for. The factors of each product are asserted to have one dtype.
+TRL's DPOTrainer, PEFT, bitsandbytes and the notebook's own cells run as they are, on tensors that
+have shapes and no numbers (FakeTensorMode); only what is made of integers is real, since shapes
+depend on it. Counted are, in forward and backward, the bytes of all tensors alive, operations of
+matrix products, kernels but for those of integers, and how often a GPU that has work is waited
+for. The factors of each product are asserted to have one dtype. Beside a step of the default run,
+in which each pair is seen once, a whole run on a small set is counted, in which pairs come back.
 
-What it cannot see: how fast a kernel is, what a memory allocator wastes, what kernels need inside, and what is written down
-here instead of asked of CUDA: which attention PyTorch chooses, TRL's Triton kernels, and that bitsandbytes dequantises a
-layer before each product (with few tokens some cards need not).
+What it cannot see: how fast a kernel is, what a memory allocator wastes, what kernels need
+inside, and what is written down here instead of asked of CUDA: which attention PyTorch chooses,
+TRL's Triton kernels, and that bitsandbytes dequantises a layer before each product (with few
+tokens some cards need not).
 """
 
 import argparse
@@ -19,11 +22,13 @@ import logging
 import os
 import random
 import sys
+import tempfile
 import weakref
 from collections import Counter
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -39,9 +44,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from trl import DPOConfig, DPOTrainer
 
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "tests")]
-from speed import SHAPES, draw_lengths, table  # noqa: E402
-
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.speed import SHAPES, draw_lengths, table  # noqa: E402
 from rehearsal.notebook import alone, run_cell, run_cells  # noqa: E402
 
 CARDS = {  # bytes of memory; those without bf16 are older than Ampere
@@ -54,10 +58,13 @@ CARDS = {  # bytes of memory; those without bf16 are older than Ampere
 SHAPE = dict(SHAPES["cuda"], num_key_value_heads=8, sliding_window=4096)
 LAYERS, HIDDEN = SHAPE["num_hidden_layers"], SHAPE["hidden_size"]
 LAYER = HIDDEN * (2.5 * HIDDEN + 3 * SHAPE["intermediate_size"])  # numbers in a layer's matrices
-SAMPLED = (
-    range(16),
-    range(1600, 1616),
-)  # two steps whose operations are counted: their pairs, in the order of training
+STEPS, PAIRS_PER_STEP = 200, 16
+# Two steps whose operations are counted, of the first epoch: their pairs, in the order of training.
+SAMPLED = range(16), range(1600, 1616)
+SMALL_SET = 500  # pairs, all trained on: 6.4 epochs
+SAMPLED_OF_SMALL_SET = range(16), range(240, 256)
+STOCK_BATCH = 4
+USUAL_CARD = "A100, 40 GB"  # for what is about the same on all cards
 aten, bnb = torch.ops.aten, torch.ops.bitsandbytes
 fake = FakeTensorMode(allow_non_fake_inputs=True)
 quantize_4bit(
@@ -131,7 +138,9 @@ class Machine(TorchDispatchMode):
         return out
 
     def products(self, func, args, kwargs, out):
-        """The operations of a matrix product or of attention, of which a causal one never computes half; else 0."""
+        """The operations of a matrix product or of attention, of which a causal one never computes
+        half; else 0.
+        """
         count = flop_registry.get(func._overloadpacket)
         if not count:
             return 0
@@ -158,7 +167,9 @@ class Machine(TorchDispatchMode):
         absmax_code,
         absmax_offset,
     ):
-        """What bitsandbytes does on CUDA with many tokens: the layer in 16 bits, then an ordinary product."""
+        """What bitsandbytes does on CUDA with many tokens: the layer in 16 bits, then an ordinary
+        product.
+        """
         scales = (
             bnb.dequantize_blockwise(absmax_8bit, scales, absmax_code, 256, torch.float32)
             + absmax_offset
@@ -220,7 +231,9 @@ class Machine(TorchDispatchMode):
 
 
 def make_trainer(config, dtype, checkpointing):
-    """TRL's trainer for a model in NF4, with the adapter, its gradients and AdamW's moments in float32."""
+    """TRL's trainer for a model in NF4, with the adapter, its gradients and AdamW's moments in
+    float32.
+    """
     nf4 = hf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
     settings = dict(
         max_length=None, bf16=False, use_cpu=True, report_to="none", output_dir="."
@@ -257,152 +270,303 @@ def make_trainer(config, dtype, checkpointing):
 
 
 def loss(trainer, lengths, dtype):
-    """DPO's, of a batch of (prompt, chosen, rejected) lengths."""
-    ids = [
-        dict(prompt_ids=[1] * p, chosen_ids=[2] * c, rejected_ids=[3] * r) for p, c, r in lengths
-    ]
+    """DPO's, of a batch of (prompt, chosen, rejected) lengths. Pairs of the same lengths are the
+    same pair.
+    """
+    rows = []
+    for prompt, chosen, rejected in lengths:
+        row = dict(prompt_ids=[1] * prompt, chosen_ids=[2] * chosen, rejected_ids=[3] * rejected)
+        rows.append(row)
     with torch.autocast("cpu", dtype=dtype):
-        return trainer.compute_loss(trainer.model, trainer.data_collator(ids))
+        return trainer.compute_loss(trainer.model, trainer.data_collator(rows))
 
 
-def simulate(batches, layers, dtype, again=None, share=True):
-    """The machine after forward and backward of batches. again(tokens, cells): layers to checkpoint, None for never any."""
-    machine, config = Machine(), hf.MistralConfig(**SHAPE | dict(num_hidden_layers=layers))
+def simulate(batches, layers, dtype, layers_to_checkpoint=None, share=True, remember=True):
+    """The machine after forward and backward of batches, by a model of so many layers.
+
+    layers_to_checkpoint: of (tokens, tokens of attention), as the notebook has it; None for never
+    any.
+    share: prompts are run once. remember: the reference of a pair is computed when it is first
+    met.
+    """
+    machine = Machine()
+    config = hf.MistralConfig(**{**SHAPE, "num_hidden_layers": layers})
     with fake, machine:
-        trainer = make_trainer(config, dtype, checkpointing=bool(again))
+        trainer = make_trainer(config, dtype, checkpointing=bool(layers_to_checkpoint))
     machine.peak, machine.counts = machine.now, Counter()
     with fake, machine, contextlib.ExitStack() as stack:
         for stand_in in machine.stand_ins(dtype).items():
             stack.enter_context(mock.patch(*stand_in))
         model = trainer.model.get_base_model()
         if share:
-            alone("run-prompts-once")["run_prompts_once"](model, again)
-        elif again:
-            for layer in model.model.layers[again(0, 0) :]:
+            alone("run-prompts-once")["run_prompts_once"](model, layers_to_checkpoint)
+        elif layers_to_checkpoint:
+            for layer in model.model.layers[layers_to_checkpoint(0, 0) :]:
                 layer.gradient_checkpointing = False
+        if remember:
+            alone("remember-reference")["remember_reference"](trainer)
         for lengths in batches:
             loss(trainer, lengths, dtype).backward()
     return machine
 
 
+def forward_operations(pairs):
+    """(of the layers' products, of attention, of the head): the operations of one forward pass in
+    which each distinct token of each pair is computed once, attention as it is masked, the head
+    for the answers alone.
+    """
+    prompt, chosen, rejected = np.transpose(pairs)
+    linear = LAYERS * 2 * LAYER * (prompt + chosen + rejected - 1)
+    token_pairs = prompt**2 / 2
+    for answer in (chosen, rejected):
+        token_pairs = token_pairs + answer * (prompt + answer / 2)
+    attention = LAYERS * 4 * token_pairs * HIDDEN
+    head = 2 * SHAPE["vocab_size"] * HIDDEN * (chosen + rejected)
+    return linear.sum(), attention.sum(), head.sum()
+
+
+def least_of_policy(pairs):
+    """Operations that forward and backward of pairs cannot do without: weights that are frozen get
+    no gradients.
+    """
+    linear, attention, head = forward_operations(pairs)
+    return 2 * linear + 3.5 * attention + 2 * head  # attention's backward: five products for two
+
+
+def least_of_reference(pairs):
+    """Operations that the reference of pairs cannot do without."""
+    return sum(forward_operations(pairs))
+
+
 def least(pairs):
-    """Operations that DPO cannot do without: each distinct token once, forward, backward and in the reference's forward."""
-    prompt, *answers = np.transpose(pairs)
-    linear = (
-        2 * LAYER * (prompt + sum(answers) - 1)
-    )  # in each of three passes, since weights get no gradients
-    cells = prompt**2 / 2 + sum(answer * (prompt + answer / 2) for answer in answers)
-    attention = 4 * cells * HIDDEN * (1 + 2.5 + 1)  # backward: five products for two
-    head = 2 * SHAPE["vocab_size"] * HIDDEN * sum(answers)  # it only sees answers
-    return (LAYERS * (3 * linear + attention) + 3 * head).sum()
+    """Operations that a DPO step cannot do without, on pairs that are met for the first time."""
+    return least_of_policy(pairs) + least_of_reference(pairs)
 
 
-def count(batches, dtype, again, share=True):
-    """A step on average with so many layers checkpointed, from one layer, two, and two of which one is checkpointed."""
-    runs = ((layers, again and (lambda *_, n=n: n)) for layers, n in ((1, 0), (2, 0), (2, 1)))
-    one, two, redone = (
-        simulate(batches, layers, dtype, needed, share).counts for layers, needed in runs
-    )
-    whole = {
-        key: one[key] + (LAYERS - 1) * (two[key] - one[key]) + again * (redone[key] - two[key])
-        for key in one
-    }
-    pairs, steps = np.concatenate(batches), sum(map(len, batches)) / 16
-    counted = dict(
-        operations_over_bound=whole["products"] / least(pairs),
+def whole_counts(batches, dtype, checkpointed, **how):
+    """The counts of a model of all layers, of which so many are checkpointed on average: from
+    models of one layer, of two, and of two of which one is checkpointed. how: as in `simulate`.
+    """
+
+    def count_with(layers, layers_to_checkpoint):
+        if not checkpointed:
+            return simulate(batches, layers, dtype, None, **how).counts
+        return simulate(batches, layers, dtype, lambda *_: layers_to_checkpoint, **how).counts
+
+    one, two, redone = count_with(1, 0), count_with(2, 0), count_with(2, 1)
+    whole = {}
+    for name in one:
+        of_a_layer = two[name] - one[name]
+        again = redone[name] - two[name]
+        whole[name] = one[name] + (LAYERS - 1) * of_a_layer + checkpointed * again
+    return whole
+
+
+def count(batches, dtype, checkpointed, **how):
+    """A step on average, on pairs met for the first time. Arguments as in `whole_counts`."""
+    pairs = np.concatenate(batches)
+    assert len(np.unique(pairs, axis=0)) == len(pairs)  # or some would be remembered
+    steps = len(pairs) / PAIRS_PER_STEP
+    whole = whole_counts(batches, dtype, checkpointed, **how)
+    return dict(
+        operations_over_bound=float(whole["products"] / least(pairs)),
         batches_per_step=len(batches) / steps,
+        kernels_per_step=round(whole["kernels"] / steps),
+        waits_per_step=round(whole["waits"] / steps),
     )
-    return counted | {f"{key}_per_step": round(whole[key] / steps) for key in ("kernels", "waits")}
 
 
-def plan_for(card):
-    """The notebook's own plan on a card: its namespace after the split of a step, with `pairs` in the order of training."""
+def default_lengths():
+    """Lengths of the pairs of a default run, each seen once, none longer than its max_length."""
+    drawn = draw_lengths("orca", 7000, 0)
+    fitting = [pair for pair in drawn if pair[0] + max(pair[1:]) <= 1536]
+    return np.array(fitting[: STEPS * PAIRS_PER_STEP])
+
+
+def plan_for(card, lengths=None):
+    """The notebook's own plan of its default run on a card: its namespace after the split of a
+    step, with `pairs` in the order of training.
+
+    lengths: (prompt, chosen, rejected) tokens of each pair that is trained on, by default
+    `default_lengths`.
+    """
+    lengths = default_lengths() if lengths is None else lengths
+    nb = run_cell("parameters", {})
     memory, dtype = CARDS[card]
-    pairs = np.array(
-        [pair for pair in draw_lengths("orca", 7000, 0) if pair[0] + max(pair[1:]) <= 1536][:3200]
-    )
-    with torch.device("meta"):
-        model = hf.AutoModelForCausalLM.from_config(hf.MistralConfig(**SHAPE))
-    linear = [x for x in model.modules() if isinstance(x, torch.nn.Linear)][:-1]  # but the head
-    known = dict(
-        torch=torch, random=random, config=model.config, linear=linear, skeleton=model, shares=True
-    )
-    nb = run_cell("skeleton", run_cell("parameters", known))
-    nb |= dict(
-        on_gpu=True,
-        memory=memory,
-        dtype=dtype,
-        trained=False,
-        sharded=False,
-        train=range(len(pairs)),
-    )
-    nb |= dict(
-        processes=mock.Mock(num_processes=1),
+    nb.update(on_gpu=True, memory=memory, dtype=dtype, sharded=False, trained=False, merged=True)
+    nb.update(
+        run=mock.Mock(),
+        processes=SimpleNamespace(num_processes=1),
         gather_object=list,
-        parameter_count=model.num_parameters(),
+        rows=[dict(prompt_ids=[1])],
+        tokenizer=SimpleNamespace(pad_token_id=0),
+        train=range(len(lengths)),
+        shared_tokens=lengths.sum(axis=1) - 1,
+        longest_tokens=lengths[:, 0] + lengths[:, 1:].max(axis=1),
     )
-    nb["adapter_size"] = sum(
-        nb["lora_rank"] * (layer.in_features + layer.out_features) for layer in linear
+    unchanged = (
+        "transformers.integrations.sdpa_attention.use_gqa_in_sdpa"  # before Ampere it is not
     )
-    nb["once"], nb["longest"] = pairs.sum(axis=1) - 1, pairs[:, 0] + pairs[:, 1:].max(axis=1)
-    with contextlib.redirect_stdout(None):
-        run_cells("order", "split-of-a-step", nb)
-    return nb | dict(pairs=pairs[nb["order"]])
+    with tempfile.TemporaryDirectory() as folder, mock.patch(unchanged):
+        hf.MistralConfig(**SHAPE).save_pretrained(folder)
+        nb.update(base=folder, base_commit=None)
+        with contextlib.redirect_stdout(None):
+            run_cells("base", "split-of-a-step", nb)
+    nb["pairs"] = lengths[nb["order"]]
+    return nb
+
+
+def batches_of_notebook(nb, sampled):
+    """The batches of steps that the notebook trains on as it planned. sampled: the places of each
+    step's pairs.
+    """
+    size, batches = nb["split"].pairs_at_once, []
+    for step in sampled:
+        batches += [nb["pairs"][start : start + size] for start in step[::size]]
+    return batches
+
+
+def batches_of_stock(nb, sampled):
+    """Those of stock TRL on the same pairs: in random order inside a step."""
+    batches = []
+    for step in sampled:
+        mixed = random.Random(step.start).sample(step, len(step))
+        batches += np.split(nb["pairs"][mixed], len(step) // STOCK_BATCH)
+    return batches
+
+
+def mean_checkpointed(split):
+    """Layers that are computed again for a token, on average."""
+    tokens = split.linear_tokens
+    return (split.checkpointed_layers * tokens).sum() / tokens.sum()
+
+
+def peak_bytes(nb):
+    """What a model of all layers takes at the most, of the batches that are the largest in one way
+    or another.
+    """
+    split, pairs, size = nb["split"], nb["pairs"], nb["split"].pairs_at_once
+    layers_to_checkpoint = None
+    if split.checkpointed_layers.any():
+        layers_to_checkpoint = partial(
+            nb["layers_to_checkpoint"], nb["widths"], room_bytes=nb["room_bytes"]
+        )
+    measures = split.step_bytes, split.linear_tokens, split.attention_tokens
+    starts = {size * int(values.argmax()) for values in measures}
+    largest = [pairs[start : start + size] for start in starts]
+    return simulate(largest, LAYERS, nb["dtype"], layers_to_checkpoint).peak
 
 
 def measure_card(card):
-    """The notebook's plan for a card: memory predicted and simulated, operations over the least there are."""
+    """The notebook's plan for a card: memory predicted and simulated, operations over the least
+    there are.
+    """
     nb = plan_for(card)
-    split, pairs, dtype = nb["split"], nb["pairs"], nb["dtype"]
-    size, tokens, again = split.pairs_at_once, split.linear_tokens, split.checkpointed_layers
-    needed = partial(nb["layers_to_checkpoint"], nb["widths"], room_bytes=nb["room"])
-    most = {
-        int(values.argmax()) * size for values in (split.step_bytes, tokens, split.attention_tokens)
-    }
-    peak = simulate(
-        [pairs[i : i + size] for i in most], LAYERS, dtype, needed if again.any() else None
-    ).peak
-    starts = [i for step in SAMPLED for i in step[::size]]
-    counted = count(
-        [pairs[i : i + size] for i in starts], dtype, (again * tokens).sum() / tokens.sum()
-    )
-    # Each pass over the weights takes as long as 130 tokens: policy, reference, backward, and what is done again.
-    reading = 130 * (3 + again / LAYERS).sum() * 2 * LAYERS * LAYER / least(pairs)
-    found = dict(name=card, split=f"{size} × {16 // size}", layers_checkpointed=float(again.mean()))
-    found |= dict(
-        predicted_gb=float(nb["needs"].max() / 1e9), simulated_gb=peak / 1e9 + 1.5
-    )  # of which 1.5 is CUDA's
-    return found | dict(
-        with_dequantising_over_bound=float(counted["operations_over_bound"] + reading), **counted
+    split, pairs = nb["split"], nb["pairs"]
+    counted = count(batches_of_notebook(nb, SAMPLED), nb["dtype"], mean_checkpointed(split))
+    # Each pass over the weights takes as long as 130 tokens: policy, reference, backward, what is
+    # done again.
+    passes = 3 + split.checkpointed_layers / LAYERS
+    dequantising = nb["TOKENS_PER_READING"] * passes.sum() * 2 * LAYERS * LAYER / least(pairs)
+    cuda_bytes = 1.5e9  # CUDA's own
+    return dict(
+        name=card,
+        split=f"{split.pairs_at_once} × {PAIRS_PER_STEP // split.pairs_at_once}",
+        layers_checkpointed=float(split.checkpointed_layers.mean()),
+        predicted_gb=float((nb["fixed_bytes"] + split.most_bytes) / 1e9),
+        simulated_gb=(peak_bytes(nb) + cuda_bytes) / 1e9,
+        with_dequantising_over_bound=float(counted["operations_over_bound"] + dequantising),
+        **counted,
     )
 
 
-def count_stock(again):
-    """What stock TRL's step comes to: four pairs at once, in random order inside the step."""
-    mixed = [i for step in SAMPLED for i in random.Random(step.start).sample(step, 16)]
-    pairs = plan_for("A100, 40 GB")["pairs"][mixed]
-    return count(np.split(pairs, len(pairs) // 4), torch.bfloat16, again, share=False)
+STOCK = dict(share=False, remember=False)
+
+
+def count_stock(checkpointed):
+    """A step of stock TRL."""
+    batches = batches_of_stock(plan_for(USUAL_CARD), SAMPLED)
+    return count(batches, torch.bfloat16, checkpointed, **STOCK)
+
+
+def count_small_set(way):
+    """Operations of a whole run on a small set over the least, which has each reference once.
+
+    All pairs are trained on; evaluations are left out. way: "stock", "stock_precomputed", as TRL
+    has it with precompute_ref_log_probs, or "notebook".
+    """
+    lengths = default_lengths()[:SMALL_SET]
+    nb = plan_for(USUAL_CARD, lengths)
+    if way == "notebook":
+        batches, checkpointed = (
+            batches_of_notebook(nb, SAMPLED_OF_SMALL_SET),
+            mean_checkpointed(nb["split"]),
+        )
+    else:
+        batches, checkpointed = batches_of_stock(nb, SAMPLED_OF_SMALL_SET), LAYERS
+    how = dict(dtype=torch.bfloat16, checkpointed=checkpointed, share=way == "notebook")
+    # Met for the first time, and once more: what differs is the reference.
+    first = whole_counts(batches, remember=True, **how)["products"]
+    both = whole_counts(batches + batches, remember=True, **how)["products"]
+    policy = both - first
+    reference = first - policy
+    sampled = np.concatenate(batches)
+    policy_over_bound = policy / least_of_policy(sampled)
+    reference_over_bound = reference / least_of_reference(sampled)
+    # Of the whole run.
+    seen = nb["pairs"]
+    met = lengths[sorted(set(nb["order"]))]
+    computed = seen if way == "stock" else met
+    operations = policy_over_bound * least_of_policy(seen)
+    operations += reference_over_bound * least_of_reference(computed)
+    return float(operations / (least_of_policy(seen) + least_of_reference(met)))
+
+
+SMALL_SET_WAYS = "stock", "stock_precomputed", "notebook"
+
+
+def measure():
+    """All that is simulated, by two processes."""
+    with get_context("spawn").Pool(2, logging.disable, [logging.WARNING]) as pool:
+        cards = pool.map_async(measure_card, CARDS, 1)
+        stock = pool.map_async(count_stock, (LAYERS, 0), 1)
+        small_set = pool.map_async(count_small_set, SMALL_SET_WAYS, 1)
+        cards, (checkpointed, kept), small_set = cards.get(), stock.get(), small_set.get()
+    ways = [
+        # The recipe has a second model where stock TRL switches the adapter off.
+        dict(name="recipe of 2024", **checkpointed),
+        dict(name="stock TRL", **checkpointed),
+        dict(name="stock TRL without checkpointing", **kept),
+    ]
+    for card in cards:
+        counted = {name: card[name] for name in kept}
+        ways.append(dict(name=f"this notebook, {card['name']}", **counted))
+    small_set = dict(zip(SMALL_SET_WAYS, small_set, strict=True))
+    return dict(cards=cards, ways=ways, small_set=small_set)
+
+
+def as_text(value):
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def report(found):
+    """The Markdown tables of what was simulated."""
+    tables = []
+    for rows in (found["cards"], found["ways"]):
+        header = [name.replace("_", " ") for name in rows[0]]
+        tables.append(table(header, [[*map(as_text, row.values())] for row in rows]))
+    rows = [[way.replace("_", " "), as_text(value)] for way, value in found["small_set"].items()]
+    tables.append(table(["a whole run on a small set", "operations over bound"], rows))
+    return "\n\n".join(tables)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, help="where to write what was found, as JSON")
     arguments = parser.parse_args()
-    os.environ.update(
-        HF_HUB_OFFLINE="1", TQDM_DISABLE="1", PYTHONWARNINGS="ignore"
-    )  # of the processes to come
-    with get_context("spawn").Pool(2, logging.disable, [logging.WARNING]) as pool:
-        cards, stock = (
-            pool.map_async(measure_card, CARDS, 1),
-            pool.map_async(count_stock, (LAYERS, 0), 1),
-        )
-        cards, (stock, kept) = cards.get(), stock.get()
-    # The recipe of 2024 has a second model where stock TRL switches the adapter off, and computes the same.
-    ways = {"recipe of 2024": stock, "stock TRL": stock, "stock TRL without checkpointing": kept}
-    ways |= {f"this notebook, {card['name']}": {key: card[key] for key in stock} for card in cards}
-    found = dict(cards=cards, ways=[dict(name=name, **counted) for name, counted in ways.items()])
-    for rows in found.values():
-        cells = [[f"{x:.3f}" if isinstance(x, float) else x for x in row.values()] for row in rows]
-        print(table([name.replace("_", " ") for name in rows[0]], cells), "\n")
+    # For the processes to come.
+    os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", PYTHONWARNINGS="ignore")
+    found = measure()
+    print(report(found))
     if arguments.output:
         arguments.output.write_text(json.dumps(found, indent=1) + "\n")

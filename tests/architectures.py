@@ -158,7 +158,8 @@ OTHERS = {
     ),
 }
 
-# Wider ones, for the arithmetic of memory: what was measured over what is predicted, at least and at most.
+# Wider ones, for the arithmetic of memory: what was measured over what is predicted, at least and
+# at most.
 WIDE = dict(
     vocab_size=97,
     hidden_size=256,

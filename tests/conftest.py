@@ -36,7 +36,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """The files that take longest go first, so that no process is left alone with one of them."""
     slow = """real_model rehearsal processes recipes survival training any_order reference speed
-    simulate merge copyable""".split()
+    plan simulate merge copyable""".split()
     place = {f"test_{name}.py": i for i, name in enumerate(slow)}
     items.sort(key=lambda item: place.get(item.path.name, len(slow)))
 

@@ -15,7 +15,9 @@ SMALL = dict(
 
 
 def perturb(model):
-    """Moves the adapter off its start, where policy and reference are equal and much could go wrong unseen."""
+    """Moves the adapter off its start, where policy and reference are equal and much could go wrong
+    unseen.
+    """
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -62,7 +64,8 @@ def read_record(folder):
     return json.loads((folder / "run.json").read_text())
 
 
-# TRL weights its other metrics by the tokens of each batch, so they depend on which pairs share one.
+# TRL weights its other metrics by the tokens of each batch, so they depend on which pairs share
+# one.
 CURVES = "loss eval_loss grad_norm rewards/margins rewards/chosen rewards/rejected".split()
 
 
