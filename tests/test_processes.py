@@ -95,7 +95,7 @@ def start(place):
 
 
 def finish(process, log):
-    assert process.wait(timeout=240) == 0, read(log)[-3000:]
+    assert process.wait(timeout=900) == 0, read(log)[-3000:]
     return read(log)
 
 
