@@ -48,7 +48,7 @@ def trained(small, tmp_path):
     return train(build_trainer(**small, output_dir=str(tmp_path / "run")))
 
 
-STAGES = ["rows", "order", "split-of-a-step", "training-args", "train", "save", "merge"]
+STAGES = ["rows", "order", "split-of-a-step", "make-trainer", "train", "save", "merge"]
 STAGES.append("write-card")
 CHANGES = dict(beta=0.5, learning_rate=1e-4, max_steps=4, seed=7, max_length=256)
 CHANGES |= dict(loss_type="ipo", lora_rank=8, share_prompt=False, base_model="another/model")
@@ -73,7 +73,7 @@ def test_any_parameter_that_changes_is_refused_by_its_name(finished, name):
     finished[name] = CHANGES[name]
     try:
         with pytest.raises(ValueError, match=f"{name} is .* now and was"):
-            run_cell("training-args", finished)
+            run_cell("make-trainer", finished)
     finally:
         finished[name] = before
 
@@ -81,7 +81,7 @@ def test_any_parameter_that_changes_is_refused_by_its_name(finished, name):
 def test_a_parameter_that_is_only_written_otherwise_is_the_same(finished):
     finished["learning_rate"] = "1e-3"
     try:
-        run_cell("training-args", finished)
+        run_cell("make-trainer", finished)
     finally:
         finished["learning_rate"] = 1e-3
 
@@ -95,7 +95,7 @@ def test_a_changed_parameter_takes_effect_when_all_cells_are_run_again(set_up):
     assert read_record(set_up["folder"])["parameters"]["beta"] == 0.5
 
 
-@pytest.mark.parametrize("cell", ["split-of-a-step", "training-args", "train", "merge"])
+@pytest.mark.parametrize("cell", ["split-of-a-step", "make-trainer", "train", "merge"])
 def test_a_cell_whose_stage_before_has_not_run_says_so(set_up, cell):
     with pytest.raises(ValueError, match="have to run first: run all cells"):
         run_cell(cell, set_up)

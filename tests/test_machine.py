@@ -223,7 +223,7 @@ def planned(models, pairs_file, tmp_path):
 def plan_with(nb, free, others=()):
     """The split of a step on a machine with this much free memory, and with processes on others."""
     nb.update(free_memory=lambda: free, gather_object=lambda found: [*found, *others])
-    split = run_cell("split-of-a-step", nb)["split"]
+    split = run_cells("room", "split-of-a-step", nb)["split"]
     return split.pairs_at_once, split.checkpointed_layers.tolist()
 
 

@@ -95,7 +95,7 @@ def start(place):
 
 
 def finish(process, log):
-    assert process.wait(timeout=240) == 0, read(log)[-3000:]
+    assert process.wait(timeout=900) == 0, read(log)[-3000:]
     return read(log)
 
 
@@ -262,7 +262,7 @@ def plan_for(tmp_path, monkeypatch):
         nb = dict(given, processes=types.SimpleNamespace(num_processes=gpus))
         nb.update(sharded=engine == "FSDP", memory=MEMORY[memory])
         nb["dtype"] = torch.float16 if memory == "16" else torch.bfloat16
-        for cell in ("base", "skeleton", "memory", "memory-budget", "split-of-a-step"):
+        for cell in ("base", "skeleton", "memory", "memory-budget", "room", "split-of-a-step"):
             run_cell(cell, nb)
         return nb
 
