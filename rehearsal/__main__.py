@@ -186,7 +186,9 @@ if __name__ == "__main__":
         table = behaviour.measure(run_notebook, environment, output, arguments.seed)
         print(behaviour.in_words(table))
         if arguments.picture:
-            behaviour.draw_picture(output, table, arguments.picture)
+            behaviour.draw_picture(
+                arguments.picture, behaviour.answers_by_round(output, arguments.seed)
+            )
         sys.exit()
     if arguments.real:
         hub = rehearse(output, make_real_model, **REAL)

@@ -6,6 +6,7 @@ notebook trains on the pairs, and answers to held-out questions are sampled. A s
 """
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from rehearsal.real import make_real_model
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "make_pairs"
 REQUEST = " Answer in two sentences, with an example."
+LENGTHS = ("one sentence", "two sentences", "three or more", "cut off at 96 tokens")
 RULES = {"two_sentences": "has exactly two sentences", "example": "names an example"}
 SAMPLING = ["--max-new-tokens", "96", "--temperature", "0.8", "--dtype", "bfloat16"]
 PARAMETERS = dict(  # about one pass over the pairs of a round
@@ -70,10 +72,7 @@ def sample(model, prompts, file, at_once=60):
     rules = [RECIPE / f"{rule}.py" for rule in RULES]
     asked = ["--model", model, "--prompts", prompts, "--batch-size", at_once, "--seed", 7]
     recipe("share.py", *asked, "--rule", *rules, "--output", file)
-    lines = file.read_text(encoding="utf-8").split("\n")[
-        1:-1
-    ]  # the first says how they were sampled
-    return [json.loads(line)[0] for line in lines]
+    return read_answers(file)
 
 
 def answers_file(output, rule, seed, number):
@@ -169,10 +168,36 @@ def in_words(table):
     return "\n".join(lines)
 
 
-def read_answer(file, place, width=52, most=6):
-    """The lines of the answer at a place of a file of answers; the last is an ellipsis where there are more."""
-    line = file.read_text(encoding="utf-8").split("\n")[1 + place]
-    answer = json.loads(line)[0]
+def read_answers(file):
+    """The answers of a file that share.py wrote, {"text", "tokens", "finished"} each."""
+    lines = file.read_text(encoding="utf-8").split("\n")[
+        1:-1
+    ]  # the first says how they were sampled
+    return [json.loads(line)[0] for line in lines]
+
+
+def sentences(answer):
+    """How many sentences an answer has, as one of LENGTHS."""
+    count = len(re.split(r"(?<=[.!?])\s+", answer["text"]))
+    if not answer["finished"]:
+        return LENGTHS[3]
+    return LENGTHS[min(count, 3) - 1]
+
+
+def answers_by_round(output, seed, rule="two_sentences"):
+    """The answers before and after each round of a rule that the folder `output` holds, by what they are called."""
+    models = {"before": read_answers(answers_file(output, "before", seed, 0))}
+    for number, name in enumerate(
+        ("after a round of DPO on its own answers", "after two rounds"), start=1
+    ):
+        file = answers_file(output, rule, seed, number)
+        if file.exists():
+            models[name] = read_answers(file)
+    return models
+
+
+def in_lines(answer, width=54, most=8):
+    """The lines of an answer; the last is an ellipsis where there is more."""
     lines = []
     for paragraph in answer["text"].splitlines():
         lines += textwrap.wrap(paragraph, width)
@@ -181,60 +206,73 @@ def read_answer(file, place, width=52, most=6):
     return lines
 
 
-def draw_picture(output, table, picture, rule="two_sentences", places=(0, 1, 2)):
-    """What was asked, answers before and after in two columns, and the shares of all models with their intervals.
+def draw_picture(picture, models, places=(0, 1, 2)):
+    """Answers before and after in two columns, above the shares of all answers with their 95 % intervals.
 
-    places: which of the held-out prompts are shown, by default the first ones.
+    models: {what it is called: its answers to the held-out prompts}, the base first and the newest last.
+    places: which of the held-out prompts are shown, by default the first.
     """
-    last = max((row for row in table if row["rule"] == rule), key=lambda row: row["round"])
-    before, after = (
-        answers_file(output, "before", 1, 0),
-        answers_file(output, rule, last["seed"], last["round"]),
-    )
     prompts = [line.strip().removesuffix(REQUEST) for line in (RECIPE / "held_out.txt").open()]
-    texts, height = [], 1.6  # (column, line, text, weight)
-    for column, when in enumerate(
-        ["before", f"after {last['round']} rounds of DPO on its own answers"]
-    ):
-        texts.append((column, 0, when, "bold"))
+    first, *_, last = models
+    texts, height = (
+        [(0, 0, first, "bold"), (1, 0, last, "bold")],
+        1.7,
+    )  # (column, line, text, weight)
     for place in places:
-        columns = [read_answer(before, place), read_answer(after, place)]
+        columns = [in_lines(models[first][place]), in_lines(models[last][place])]
         texts.append((0, height, prompts[place], "bold"))
         for column, lines in enumerate(columns):
-            texts += [
-                (column, height + 1.1 + number, line, "normal") for number, line in enumerate(lines)
-            ]
-        height += max(map(len, columns)) + 1.8
+            for number, line in enumerate(lines):
+                texts.append((column, height + 1.2 + number, line, "normal"))
+        height += max(map(len, columns)) + 2
 
-    inches = 0.19 * height
-    figure = plt.figure(figsize=(9.5, inches + 3.3))
-    rows = figure.add_gridspec(2, 2, height_ratios=[inches, 2], hspace=0.12)
-    rows.update(left=0.06, right=0.99, top=1 - 0.5 / (inches + 3.3), bottom=0.55 / (inches + 3.3))
-    axes = figure.add_subplot(rows[0, :])
+    inches = 0.2 * height
+    figure = plt.figure(figsize=(9.5, inches + 3.4))
+    rows = figure.add_gridspec(2, 1, height_ratios=[inches, 2.3], hspace=0.1)
+    rows.update(
+        left=0.075, right=0.985, top=1 - 0.55 / (inches + 3.4), bottom=0.35 / (inches + 3.4)
+    )
+    axes = figure.add_subplot(rows[0])
     axes.set(xlim=(0, 1), ylim=(height, 0))
     axes.axis("off")
     for column, line, text, weight in texts:
         axes.text(
-            0.52 * column, line, text, va="top", fontsize=10.5, weight=weight, parse_math=False
+            0.51 * column, line, text, va="top", fontsize=10.5, weight=weight, parse_math=False
         )
-    for column, (name, words) in enumerate(RULES.items()):
-        axes = figure.add_subplot(rows[1, column])
-        for row in table:
-            if row["rule"] in ("before", name):
-                low, high = interval(row[name], row["answers"])
-                share, when = row[name] / row["answers"], str(row["round"])
-                axes.bar(
-                    when,
-                    share,
-                    yerr=[[share - low], [high - share]],
-                    capsize=6,
-                    color="C0",
-                    alpha=0.7,
-                )
-                axes.annotate(
-                    f"{share:.0%}", (when, high), (0, 3), textcoords="offset points", ha="center"
-                )
-        axes.set(title=f"share that {words}", xlabel="rounds of DPO", ylim=(0, 1.1))
-        axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes = figure.add_subplot(rows[1])
+    width = 0.8 / len(models)
+    for number, (name, answers) in enumerate(models.items()):
+        found = [sentences(answer) for answer in answers]
+        counts = [found.count(length) for length in LENGTHS] + [sum(kept("example", answers))]
+        for place, count in enumerate(counts):
+            low, high = interval(count, len(answers))
+            share, left = count / len(answers), place + (number - (len(models) - 1) / 2) * width
+            label = name if place == 0 else None
+            error = [[share - low], [high - share]]
+            axes.bar(
+                left,
+                share,
+                0.9 * width,
+                yerr=error,
+                capsize=4,
+                color=f"C{number}",
+                alpha=0.75,
+                label=label,
+            )
+            axes.annotate(
+                f"{share:.0%}",
+                (left, high),
+                (0, 2),
+                textcoords="offset points",
+                ha="center",
+                fontsize=10,
+            )
+    axes.set_xticks(range(len(LENGTHS) + 1), [*LENGTHS, "names an example"])
+    axes.set(ylim=(0, 1), ylabel="share")
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes.legend(loc="upper right")
+    axes.set_title(
+        f"of {len(answers)} answers to held-out questions, with 95% intervals", fontsize=10.5
+    )
     figure.suptitle(f"SmolLM2-135M-Instruct, asked each time: “{REQUEST.strip()}”", fontsize=12.5)
     figure.savefig(picture, dpi=190)

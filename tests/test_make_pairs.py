@@ -438,5 +438,11 @@ def test_a_measured_behaviour_in_words_and_in_a_picture(tmp_path):
         "two_sentences, round 1" in words[1]
         and "has exactly two sentences 90% (83% to 94%)" in words[1]
     )
-    behaviour.draw_picture(tmp_path, table, tmp_path / "picture.png", places=[0, 1])
+    models = behaviour.answers_by_round(tmp_path, 1)
+    assert [name.split()[0] for name in models] == ["before", "after"]
+    assert [behaviour.sentences(answers[0]) for answers in models.values()] == [
+        "one sentence",
+        "two sentences",
+    ]
+    behaviour.draw_picture(tmp_path / "picture.png", models, places=[0, 1])
     assert (tmp_path / "picture.png").stat().st_size > 30_000
