@@ -300,7 +300,8 @@ def test_out_of_memory_in_any_guise_is_one_sentence(memory_guard, error):
     with pytest.raises(MemoryError, match="^Set gpu_memory$") as told:
         with memory_guard("Set gpu_memory"):
             raise error
-    assert told.value.__suppress_context__  # no traceback of the library before it
+    # No traceback of the library stands before it.
+    assert told.value.__suppress_context__ and told.value.__cause__ is None
 
 
 @pytest.mark.parametrize("error", OTHER_ERRORS, ids=repr)
