@@ -281,13 +281,13 @@ def loss(trainer, lengths, dtype):
         return trainer.compute_loss(trainer.model, trainer.data_collator(rows))
 
 
-def simulate(batches, layers, dtype, layers_to_checkpoint=None, share=True, remember=True):
+def simulate(batches, layers, dtype, layers_to_checkpoint=None, share=True, remember=False):
     """The machine after forward and backward of batches, by a model of so many layers.
 
     layers_to_checkpoint: of (tokens, tokens of attention), as the notebook has it; None for never
     any.
     share: prompts are run once. remember: the reference of a pair is computed when it is first
-    met.
+    met, before the policy; else each time, beside the policy's activations, as under FSDP.
     """
     machine = Machine()
     config = hf.MistralConfig(**{**SHAPE, "num_hidden_layers": layers})
@@ -480,13 +480,10 @@ def measure_card(card):
     )
 
 
-STOCK = dict(share=False, remember=False)
-
-
 def count_stock(checkpointed):
     """A step of stock TRL."""
     batches = batches_of_stock(plan_for(USUAL_CARD), SAMPLED)
-    return count(batches, torch.bfloat16, checkpointed, **STOCK)
+    return count(batches, torch.bfloat16, checkpointed, share=False)
 
 
 def count_small_set(share):
