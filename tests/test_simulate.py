@@ -127,8 +127,8 @@ def test_the_arithmetic_of_memory(dtype, checkpointed_layers):
         asked.append(size)
         return checkpointed_layers
 
-    weights = simulate.simulate([], 4, dtype, layers_to_checkpoint, remember=False).peak
-    alive = simulate.simulate([batch], 4, dtype, layers_to_checkpoint, remember=False).peak
+    weights = simulate.simulate([], 4, dtype, layers_to_checkpoint).peak
+    alive = simulate.simulate([batch], 4, dtype, layers_to_checkpoint).peak
     config = MistralConfig(**{**simulate.SHAPE, "num_hidden_layers": 4})
     with torch.device("meta"):
         skeleton = MistralForCausalLM(config)
