@@ -220,6 +220,7 @@ def test_after_the_training_all_its_memory_is_free_for_the_merge(prepare):
 def test_questions_are_asked_as_pairs_are_trained(prepare):
     """All at once, padded on the left."""
     nb = prepare("llama3", load_in_4bit=False)
+    nb["trainer"] = None  # they are asked before it is built
     with patch.object(nb["model"], "generate", wraps=nb["model"].generate) as generate:
         run_cell("before", nb)
     assert [*nb["before"]] == nb["questions"]
