@@ -572,7 +572,8 @@ def test_secrets_are_asked_for_until_they_are_found_and_never_printed(
     secrets = vault(place, problem)
     nb = accounts()
     assert nb["hub_id"] is None and nb["report_to"] == "none" and len(secrets.asked) == times
-    (line,) = [line for line in capfd.readouterr().out.splitlines() if "secret" in line]
+    lines = capfd.readouterr().out.splitlines()
+    (line,) = [line for line in lines if "among the secrets" in line]
     assert said in line
     secrets.problem = "SecretNotFoundError" if place == "Colab" else "BackendError"
     secrets.secrets = dict(zip(names, (" hf_canary\n", "wandb-canary\n"), strict=True))
