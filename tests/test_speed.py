@@ -117,6 +117,7 @@ def side_by_side(request):
     return done
 
 
+@pytest.mark.newest
 def test_values_are_stock_trls(side_by_side):
     for batch in side_by_side.batches:
         assert torch.equal(batch.found.label_mask, batch.expected.label_mask)
@@ -124,6 +125,7 @@ def test_values_are_stock_trls(side_by_side):
             assert torch.allclose(batch.found[name], batch.expected[name], atol=1e-5), name
 
 
+@pytest.mark.newest
 def test_gradients_are_stock_trls(side_by_side):
     largest = max(theirs.abs().max().item() for _, theirs in side_by_side.gradients)
     for ours, theirs in side_by_side.gradients:
@@ -194,6 +196,7 @@ def test_dense_bases_share_by_what_they_are_made_of(name):
     assert SKELETON["why_prompts_cannot_be_shared"](skeleton_of(DENSE[name])) == ""
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("name", DENSE)
 def test_each_layer_of_dense_bases_has_a_switch_for_checkpointing(name):
     assert len(SKELETON["checkpointable_layers"](skeleton_of(DENSE[name]))) == 4
@@ -296,6 +299,7 @@ def test_the_check_sees_faults_that_have_nothing_to_do_with_the_other_answer(fau
 # What the libraries bring.
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     "missing", ["integrations.sdpa_attention", "masking_utils", "modeling_layers"]
 )
@@ -307,6 +311,7 @@ def test_only_sharing_prompts_needs_names_of_libraries_that_may_go(missing, monk
         shared["run_prompts_once"](build(DENSE["mistral"]))
 
 
+@pytest.mark.newest
 @torch.no_grad()
 @pytest.mark.parametrize("before_ampere", [True, False])
 def test_grouped_heads_before_ampere_never_reach_the_kernel_that_holds_all_scores(
@@ -425,6 +430,7 @@ def curves_of_cells(nb):
     return curves(nb["trainer"])
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("loss_type, share_prompt, load_in_4bit", RUNS)
 def test_losses_are_stock_trls(prepare, loss_type, share_prompt, load_in_4bit):
     """The same pairs in the same steps, but at stock TRL in random order inside of each step."""

@@ -323,6 +323,7 @@ def test_a_disk_that_is_full_before_the_seal_costs_no_trained_step(ready, tmp_pa
     assert nb["is_whole"](folder / "checkpoint-4")
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("library_renames_it", [True, False])
 def test_checkpoints_are_sealed_without_the_librarys_private_method(
     ready, tmp_path, capsys, library_renames_it
