@@ -12,7 +12,6 @@ import subprocess
 import sys
 from contextlib import chdir, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -112,27 +111,25 @@ doc_to_text: "<|im_start|>user\\n{{question}}<|im_end|>\\n<|im_start|>assistant\
 doc_to_target: 0}"""
 
 
-def test_evaluate(hub):
+def test_evaluate(hub, monkeypatch):
     """Base and tuned model take a task by the notebook's eval_tasks, for the recipe's table; run.sh asks for the same."""
     Path("tiny.yaml").write_text(TASK)
     pairs = (
         (hub.folder("rehearsal/tiny-pairs", "dataset") / "train.jsonl").read_text().splitlines(True)
     )
     Path("tiny.jsonl").write_text("".join(pairs[:40]))
-    asked = []
+    asked, plain_run = [], subprocess.run
 
     def ask(command, check):
         asked.append(" ".join(map(str, command[3:])))
-        subprocess.run(command, check=check)
+        plain_run(command, check=check)
 
-    sources = dict(
-        base_model=BASE, base_revision=hub.head(("model", BASE))[0], eval_tasks="tiny.yaml:1"
-    )
+    sources = dict(base=BASE, base_commit=hub.head(("model", BASE))[0], eval_tasks="tiny.yaml:1")
     places = dict(folder=MERGED.parent, merged_dir=MERGED)
-    modules = dict(
-        sys=sys, subprocess=SimpleNamespace(run=ask), clear_device_cache=lambda **options: None
-    )
-    run_cell("evaluate", {**sources, **places, **modules})
+    modules = dict(sys=sys, clear_device_cache=lambda **options: None)
+    with monkeypatch.context() as patch:
+        patch.setattr("subprocess.run", ask)
+        run_cell("evaluate", {**sources, **places, **modules})
     printed = run(command("evaluate", "python recipes")).splitlines()
     rows = {line.split()[0]: [float(number) for number in line.split()[1:]] for line in printed[1:]}
     assert printed[0].split() == ["tiny", "average"] and list(rows) == [
@@ -149,7 +146,7 @@ def test_evaluate(hub):
     shown = run(f"{instead}; bash recipes/evaluate/run.sh {MERGED} tiny.yaml:1").splitlines()
     assert all("--apply_chat_template" in line for line in shown)
     assert (
-        f"pretrained={BASE},revision={sources['base_revision']}," in shown[0]
+        f"pretrained={BASE},revision={sources['base_commit']}," in shown[0]
     )  # from merged/run.json
     shown, asked = (
         [re.sub(",revision=main|--apply_chat_template ?", "", line).split() for line in lines]
