@@ -203,6 +203,7 @@ POLITE = "def score(prompt, answer):\n    return answer.startswith('Sure')\n"
 LONG = "def score(prompt, answer):\n    return len(answer)\n"
 
 
+@pytest.mark.recipes
 def test_from_prompts_to_a_better_model_in_two_rounds(hub, tmp_path):
     """make_pairs' README from its first command to its last, on a model that is curt about half of the subjects."""
     shutil.copy(PATH, tmp_path)
