@@ -211,9 +211,9 @@ class Machine(TorchDispatchMode):
             "torch.cuda.get_device_capability": lambda *_: (
                 (7, 5) if dtype == torch.float16 else (8, 0)
             ),
-            # As the notebook has it before Ampere.
-            "transformers.integrations.sdpa_attention.use_gqa_in_sdpa": lambda *_: (
-                dtype != torch.float16
+            # As transformers has it, and the notebook before Ampere.
+            "transformers.integrations.sdpa_attention.use_gqa_in_sdpa": lambda mask, *_: (
+                mask is None and dtype != torch.float16
             ),
             "torch.nn.functional.scaled_dot_product_attention": attention,
             # PEFT asks for that of CUDA; autocast itself asks, with a name, what to go back to.
