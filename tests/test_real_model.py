@@ -12,6 +12,7 @@ from rehearsal.real import NAME, make_real_model
 FEW = dict(eval_pairs=4, max_steps=2, warmup_steps=0, pairs_per_step=4, loss_type="sigmoid")
 
 
+@pytest.mark.recipes
 def test_a_real_model_learns_speaks_and_is_pushed(tmp_path):
     """Its token at the beginning of a sequence is its mark of a turn, which once had it refused."""
     hub = rehearse(tmp_path / "output", make_real_model, **REAL | FEW)

@@ -111,50 +111,56 @@ doc_to_text: "<|im_start|>user\\n{{question}}<|im_end|>\\n<|im_start|>assistant\
 doc_to_target: 0}"""
 
 
-def test_evaluate(hub, monkeypatch):
-    """Base and tuned model take a task by the notebook's eval_tasks, for the recipe's table; run.sh asks for the same."""
+def prepare_task(hub):
+    """Writes a task of forty questions, and returns what the notebook's cell *evaluate* is run with."""
     Path("tiny.yaml").write_text(TASK)
-    pairs = (
-        (hub.folder("rehearsal/tiny-pairs", "dataset") / "train.jsonl").read_text().splitlines(True)
+    pairs = hub.folder("rehearsal/tiny-pairs", "dataset") / "train.jsonl"
+    Path("tiny.jsonl").write_text("".join(pairs.read_text().splitlines(True)[:40]))
+    return dict(
+        base=BASE,
+        base_commit=hub.head(("model", BASE))[0],
+        eval_tasks="tiny.yaml:1",
+        folder=MERGED.parent,
+        merged_dir=MERGED,
+        sys=sys,
+        clear_device_cache=lambda **options: None,
     )
-    Path("tiny.jsonl").write_text("".join(pairs[:40]))
-    asked, plain_run = [], subprocess.run
 
-    def ask(command, check):
-        asked.append(" ".join(map(str, command[3:])))
-        plain_run(command, check=check)
 
-    sources = dict(base=BASE, base_commit=hub.head(("model", BASE))[0], eval_tasks="tiny.yaml:1")
-    places = dict(folder=MERGED.parent, merged_dir=MERGED)
-    modules = dict(sys=sys, clear_device_cache=lambda **options: None)
-    with monkeypatch.context() as patch:
-        patch.setattr("subprocess.run", ask)
-        run_cell("evaluate", {**sources, **places, **modules})
+def test_evaluate_asks_as_the_notebook_does(hub):
+    """run.sh evaluates the commit that merged/run.json names, and by the same options as eval_tasks."""
+    names = prepare_task(hub)
+    with patch("subprocess.run") as called:
+        run_cell("evaluate", names)
+    asked = [" ".join(map(str, call.args[0][3:])) for call in called.call_args_list]
+    instead = 'lm_eval() { echo "$@"; }; export -f lm_eval'
+    shown = run(f"{instead}; bash recipes/evaluate/run.sh {MERGED} tiny.yaml:1").splitlines()
+    assert len(asked) == 2
+    assert all("--apply_chat_template" in line for line in shown + asked)
+    assert f"pretrained={BASE},revision={names['base_commit']}," in shown[0]
+
+    def options(line):
+        return sorted(re.sub(",revision=main|--apply_chat_template ?", "", line).split())
+
+    assert [options(line) for line in asked] == [options(line) for line in shown]
+
+
+@pytest.mark.recipes
+def test_evaluate(hub):
+    """Base and tuned model take a task by the notebook's eval_tasks, for the recipe's table."""
+    run_cell("evaluate", prepare_task(hub))
     printed = run(command("evaluate", "python recipes")).splitlines()
     rows = {line.split()[0]: [float(number) for number in line.split()[1:]] for line in printed[1:]}
-    assert printed[0].split() == ["tiny", "average"] and list(rows) == [
-        BASE.replace("/", "__"),
-        "dpo_run__merged",
-    ]
+    assert printed[0].split() == ["tiny", "average"]
+    assert list(rows) == [BASE.replace("/", "__"), "dpo_run__merged"]
     base, tuned = rows.values()
     assert base[0] == base[1] <= 75 and tuned[0] == tuned[1] >= 95
     assert Path("dpo_run/evaluation.png").stat().st_size > 5000
     results = [json.loads(path.read_text()) for path in Path("dpo_run/evaluation").rglob("*.json")]
     assert [result["n-shot"] for result in results] == [{"tiny": 1}] * 2
 
-    instead = 'lm_eval() { echo "$@"; }; export -f lm_eval'
-    shown = run(f"{instead}; bash recipes/evaluate/run.sh {MERGED} tiny.yaml:1").splitlines()
-    assert all("--apply_chat_template" in line for line in shown)
-    assert (
-        f"pretrained={BASE},revision={sources['base_commit']}," in shown[0]
-    )  # from merged/run.json
-    shown, asked = (
-        [re.sub(",revision=main|--apply_chat_template ?", "", line).split() for line in lines]
-        for lines in (shown, asked)
-    )
-    assert [sorted(line) for line in asked] == [sorted(line) for line in shown]
 
-
+@pytest.mark.recipes
 def test_the_leaderboard_in_the_table(tmp_path):
     """Of its tasks, by the metrics that the harness has for them, the leaderboard's; of mmlu the whole and no part."""
     from lm_eval.tasks import TaskManager

@@ -290,7 +290,16 @@ def test_attention_dropout_is_switched_off_and_said(models, pairs_file, tmp_path
 
 @pytest.mark.parametrize(
     "margin, merged_margin, lost",
-    [(2, 0.1, True), (2, 0.5, False), (0.05, 0, False), (-2, -1.5, False), (-2, 0, True)],
+    [
+        (2, 0.1, True),
+        (2, 0.5, False),
+        (1.0, 0.2, True),
+        (1.0, 0.21, False),
+        (0.05, 0, False),
+        (0.05, -0.05, True),
+        (-2, -1.5, False),
+        (-2, 0, True),
+    ],
 )
 def test_a_merge_that_loses_the_adapter_is_told(margin, merged_margin, lost):
     """By margins made up for both models; to have learnt the opposite is no fault of the merge."""

@@ -76,12 +76,12 @@ def test_pairs_that_nothing_shallow_decides_are_not_warned_of(models, capsys):
     nb = audit_texts(models, made_up("nothing"))
     printed = capsys.readouterr().out
     assert 0.2 < nb["shallow"] < 0.8 and "WARNING" not in printed
-    assert "of their tokens: 0%" in printed and "both orders: 0\n" in printed
+    assert "\n0% of the pairs have answers" in printed and "both orders: 0\n" in printed
 
 
 @pytest.mark.parametrize(
     "kind, counted",
-    [("both orders", "both orders: 80\n"), ("nearly the same", "of their tokens: 50%")],
+    [("both orders", "both orders: 80\n"), ("nearly the same", "\n50% of the pairs have answers")],
 )
 def test_what_the_audit_counts(models, kind, counted, capsys):
     audit_texts(models, made_up(kind))
@@ -218,20 +218,6 @@ def test_sentence(kind):
     if name == "loss":
         arguments = [pd.Series(arguments[0], [0, 10, 20])]
     assert says in alone("words")[f"{name}_sentence"](*arguments)
-
-
-@pytest.mark.parametrize(
-    "margin, merged, lost",
-    [
-        (1.0, 0.21, False),
-        (1.0, 0.2, True),
-        (0.05, 0.0, False),
-        (0.05, -0.05, True),
-        (-1, -1, False),
-    ],
-)
-def test_a_merge_that_keeps_a_fifth_or_less_is_lost(margin, merged, lost):
-    assert alone("words")["is_merge_lost"](margin, merged) == lost
 
 
 def test_answers_stand_under_before_and_after(capsys):
