@@ -32,6 +32,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
+import pandas as pd
 import torch
 import transformers as hf
 from bitsandbytes.functional import quantize_4bit
@@ -401,8 +402,9 @@ def plan_for(card, lengths=None):
         rows=[dict(prompt_ids=[1])],
         tokenizer=SimpleNamespace(pad_token_id=0),
         train=range(len(lengths)),
-        shared_tokens=lengths.sum(axis=1) - 1,
-        longest_tokens=lengths[:, 0] + lengths[:, 1:].max(axis=1),
+        lengths=pd.DataFrame(
+            dict(shared=lengths.sum(axis=1) - 1, longest=lengths[:, 0] + lengths[:, 1:].max(axis=1))
+        ),
     )
     unchanged = (
         "transformers.integrations.sdpa_attention.use_gqa_in_sdpa"  # before Ampere it is not
