@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
@@ -96,8 +97,9 @@ def pairs_file(tmp_path_factory):
 def prepare(models, pairs_file, tmp_path):
     """Runs the notebook's cells until its trainer is built; the base is not asked anything."""
 
-    def run(family="qwen", **changes):
+    def run(family="qwen", precision=torch.float32, **changes):
         sources = dict(base_model=models.get(family, family), dataset_id=pairs_file)
-        return build_trainer(**{**sources, "output_dir": str(tmp_path / "run"), **changes})
+        sources["output_dir"] = str(tmp_path / "run")
+        return build_trainer(precision, **{**sources, **changes})
 
     return run

@@ -10,7 +10,15 @@ import pytest
 import torch
 from architectures import DENSE, FIELDS, HYBRIDS, OTHERS, build, skeleton_of
 from batches import SHAPES, collated, distinct_tokens, inputs
-from trainers import CURVES, curves, stock_curves
+from trainers import (
+    CURVES,
+    batch_of,
+    curves,
+    gradient,
+    perturb,
+    stock_curves,
+    stock_trainer,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import sdpa_attention
 from transformers.pytorch_utils import Conv1D
@@ -479,6 +487,28 @@ def test_a_base_that_cannot_share_is_trained_as_stock_trl_does(prepare, hybrid, 
     expected, found = stock_curves(nb, nb["order"]), curves_of_cells(nb)
     for name in CURVES:
         assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_log_probs_and_gradients_of_a_hybrid_are_stock_trls(prepare, hybrid, name, precision):
+    changes = dict(lora_targets="q_proj, v_proj") if name == "falcon h1" else {}
+    nb = prepare(hybrid(name), precision, load_in_4bit=False, eval_pairs=2, **changes)
+    assert not nb["sharing"]
+    answer_log_probs = alone("run-prompts-once")["answer_log_probs"]
+    log_probs, found = [], []
+    for trainer in (nb["trainer"], stock_trainer(nb, nb["order"])):
+        perturb(trainer.model)
+        with trainer.accelerator.autocast():
+            of_answers = answer_log_probs(trainer.model, batch_of(trainer))
+        log_probs.append(torch.cat(of_answers))
+        found.append(gradient(trainer))
+    assert log_probs[0].isfinite().all() and torch.equal(*log_probs)
+    ours, theirs = found
+    assert ours.keys() == theirs.keys() != set()
+    for parameter, values in theirs.items():
+        assert values.abs().max() > 0
+        assert torch.equal(ours[parameter], values), parameter
 
 
 # Several processes.

@@ -35,15 +35,22 @@ def gradients(model):
 
 
 def gradient(trainer):
-    """The gradient of the adapter on the first four training pairs."""
+    """The gradient of the adapter on the first four training pairs, as a training computes it."""
     trainer.model.train()
-    trainer.compute_loss(trainer.model, batch_of(trainer)).backward()
+    with trainer.accelerator.autocast():
+        loss = trainer.compute_loss(trainer.model, batch_of(trainer))
+    loss.backward()
     return gradients(trainer.model)
 
 
-def build_trainer(**parameters):
-    """The namespace of a small run that has built its trainer. The base is not asked anything."""
-    nb = run_cells("install", "questions", **{**SMALL, **parameters})
+def build_trainer(precision=torch.float32, **parameters):
+    """The namespace of a small run that has built its trainer. The base is not asked anything.
+
+    precision: which a GPU would have chosen; a CPU takes float32.
+    """
+    nb = run_cells("install", "machine", **{**SMALL, **parameters})
+    nb["dtype"] = precision
+    nb = run_cells("run-folder", "questions", nb)
     nb["before"] = {}
     return run_cells("training-args", "make-trainer", nb)
 
@@ -87,11 +94,11 @@ def as_texts(nb, places):
     return Dataset.from_list(rows)
 
 
-def stock_curves(nb, order):
-    """The curves of TRL's own trainer with its own tokenization, on these rows of a notebook's run
-    and with its settings.
+def stock_trainer(nb, order):
+    """TRL's own trainer with its own tokenization, on these rows of a notebook's run and with its
+    settings.
     """
-    lora = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(r=16, lora_alpha=16, target_modules=nb["targets"], task_type="CAUSAL_LM")
     trainer = DPOTrainer(
         model=nb["load_4bit"](nb["base"], nb["dtype"], quantise=nb["load_in_4bit"]),
         args=nb["training_args"],
@@ -103,4 +110,9 @@ def stock_curves(nb, order):
     for parameter in trainer.model.parameters():  # of a 4-bit base TRL has the adapter in bf16
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return curves(trainer)
+    return trainer
+
+
+def stock_curves(nb, order):
+    """The curves of `stock_trainer`."""
+    return curves(stock_trainer(nb, order))
