@@ -67,16 +67,26 @@ ADAPTER = edit(
     target_modules=["q_proj"],
 )
 CASES = [
-    case("file missing", "sources", "no.jsonl.*no path", dataset_id="no.jsonl"),
+    case("file missing", "first-row", "no.jsonl.*doesn't exist on the Hub", dataset_id="no.jsonl"),
     case(
-        "data not on the Hub", "sources", "some/pears.*dataset on the Hub", dataset_id="some/pears"
+        "data not on the Hub",
+        "first-row",
+        "some/pears.*doesn't exist on the Hub",
+        dataset_id="some/pears",
     ),
-    case("no name at all", "sources", "orca pairs!.*dataset on the Hub", dataset_id="orca pairs!"),
+    case("no name at all", "first-row", r"[\s\S]*orca pairs![\s\S]*", dataset_id="orca pairs!"),
     case(
-        "model not on the Hub", "sources", "some/muddle.*model on the Hub", base_model="some/muddle"
+        "model not on the Hub",
+        "tokenizer",
+        r"[\s\S]*some/muddle is not a [\s\S]*",
+        base_model="some/muddle",
     ),
     case(
-        "unknown revision", "sources", "some/model v9", base_model="some/model", base_revision="v9"
+        "unknown revision",
+        "tokenizer",
+        r"[\s\S]*v9 is not a valid git identifier[\s\S]*",
+        base_model="some/model",
+        base_revision="v9",
     ),
     case("blank lines", "first-row", "pairs.jsonl is empty", "\n\n"),
     case("header only", "first-row", "pairs.csv is empty", "question,chosen,rejected\n", "csv"),
@@ -84,20 +94,20 @@ CASES = [
     case(
         "malformed line",
         "first-row",
-        "line 4 .*what",
+        "row 4 .*what",
         lines(*PAIRS[:3], '{"question": what', *PAIRS[3:]),
     ),
-    case("line that is a number", "first-row", "line 2 .*'7'", lines(PAIRS[0], "7")),
+    case("line that is a number", "first-row", "row 2 .*'7'", lines(PAIRS[0], "7")),
     case(
         "not in UTF-8",
         "first-row",
-        "pairs.jsonl is not UTF-8.*save it again in UTF-8",
+        "pairs.jsonl cannot be read.*Text has to be UTF-8.*",
         lines(*PAIRS, '{"question": "é"}'),
     ),
     case(
         "column missing",
         "find-markup",
-        "rejected answer.*'question', 'chosen'",
+        "a rejected answer.*'question', 'chosen'",
         lines({"question": "a", "chosen": "b"}),
     ),
     case("rows inside an object", "find-markup", "'data'", lines({"data": PAIRS}), "json"),

@@ -116,7 +116,7 @@ LAYOUTS = {  # the turns that a row is read into, and the row
     "transcript, a turn a line": (EARLIER, {"prompt": TALK.replace("\n\n", "\n"), **TEXTS}),
     "transcript, User": (
         EARLIER,
-        {"prompt": f"User: Hi.\n\nAssistant: Hello.\nUser: {QUESTION}\nAssistant:", **TEXTS},
+        {"prompt": f"User: Hi.\n\nAssistant: Hello.\n\nUser: {QUESTION}\n\nAssistant:", **TEXTS},
     ),
     "Llama 2": (USER, ended(f"<s>[INST] {QUESTION} [/INST]", " </s>")),
     "Llama 2, system": (
@@ -184,7 +184,7 @@ LAYOUTS = {  # the turns that a row is read into, and the row
     ),
     "Alpaca": (USER, ended(f"{ALPACA}{QUESTION}\n\n### Response:\n", "</s>")),
     "Alpaca, input": (
-        [message("user", "Say.\n\nYes")],
+        [message("user", "Say.\n\n### Input:\nYes")],
         ended("### Instruction:\nSay.\n\n### Input:\nYes\n\n### Response:\n", ""),
     ),
     "Alpaca, Human": (
@@ -214,9 +214,9 @@ UNREADABLE = {  # the layout of the rows around it, the row, and a word of the r
     "a number": ("prompt", {**PLAIN, "chosen": 5}, "text"),
     "a null": ("prompt", {**PLAIN, "rejected": None}, "answers"),
     "nested": ("prompt", {**PLAIN, "chosen": {"text": ["Y"]}}, "text"),
-    "several answers": ("prompt", {**PLAIN, "chosen": ["Y", "X"]}, "several"),
+    "several answers": ("prompt", {**PLAIN, "chosen": ["Y", "X"]}, "not one text"),
     "half of a surrogate pair": ("prompt", {**PLAIN, "chosen": "\ud83d"}, "broken Unicode"),
-    "another model's markup": ("prompt", LAYOUTS["Llama 2"][1], "control tokens of [INST]"),
+    "another model's markup": ("prompt", LAYOUTS["Llama 2"][1], "control token [INST]"),
     "no messages": ("lists", {"prompt": USER, **lists(), "chosen": []}, "answers"),
     "a null in a list": ("lists", {"prompt": [None], **lists()}, "message"),
     "no role": ("lists", {"prompt": [{"content": "Hi"}], **lists()}, "role"),
@@ -246,24 +246,24 @@ UNREADABLE = {  # the layout of the rows around it, the row, and a word of the r
     "JSON cut off": (
         "JSON",
         {**PLAIN, "chosen": '[{"role": "user"'},
-        "JSON list that cannot be read",
+        "list of messages that cannot be read",
     ),
     "Python cut off": (
         "Python",
         {**PLAIN, "chosen": "[{'role': 'user'"},
-        "Python list that cannot be read",
+        "list of messages that cannot be read",
     ),
     "deeply nested": (
         "JSON",
         {**PLAIN, "chosen": '[{"role": ' + "[" * 9999},
-        "JSON list that cannot be read",
+        "list of messages that cannot be read",
     ),
     "a list in a list": (
         "lists",
         {"prompt": USER, **lists(), "chosen": [lists()["chosen"]]},
         "without a role",
     ),
-    "ChatML after a text": ("ChatML", {"prompt": "So: " + CHATML, **YZ}, "control tokens"),
+    "ChatML after a text": ("ChatML", {"prompt": "So: " + CHATML, **YZ}, "control token"),
     "the person has the last word": (
         "transcript",
         {name: f"{TALK} a\n\nHuman: b" for name in YZ},
@@ -324,7 +324,7 @@ def test_a_row_cannot_choose_its_own_layout(place):
     rows, marked = [PLAIN, PLAIN], {"prompt": CHATML, **YZ}
     rows.insert(place, marked)
     nb = find_markup(*rows)
-    with pytest.raises(ValueError, match="control tokens of ChatML"):
+    with pytest.raises(ValueError, match="control token <.im_end.>"):
         nb["read_pair"](marked, nb["markup"])
     talk = {"prompt": TALK, **YZ}
     assert nb["read_pair"](talk, nb["markup"])[0] == [message("user", TALK)]
@@ -371,8 +371,6 @@ def test_swapped_scores_are_counted(kind, capsys):
     printed = capsys.readouterr().out
     assert f"below the rejected one in {swapped} rows" in printed
     assert ("WARNING" in printed) == (swapped > 0)
-    score_is_read = f"{names[0]}," not in printed.partition("not used:")[2]
-    assert score_is_read == (kind != "lengths")
     if kind == "numbers":
         assert nb["swapped_scores"](Dataset.from_list(rows)) == swapped
 
@@ -384,8 +382,8 @@ COMPARISONS = {  # rows that hold no pairs, and words of the sentence
     "UltraFeedback": ({"instruction": "a", "completions": [{"response": "a"}]}, "completions"),
     "LLaMA-Factory": ({"instruction": "a", "input": "", "output": ["a", "b"]}, "output"),
     "names": ({"ask": "a", "good": "b", "bad": "c"}, r"columns\[\"chosen\"\]"),
-    "one column": ({"prompt": "a", "Chosen": "b"}, "the rejected answer"),
-    "empty column": ({**PLAIN, "rejected": None}, "the rejected answer"),
+    "one column": ({"prompt": "a", "Chosen": "b"}, "a rejected answer"),
+    "empty column": ({**PLAIN, "rejected": None}, "a rejected answer"),
 }
 
 
@@ -435,10 +433,7 @@ NOT_USED = {  # columns of a row, and those that are named as not used
         {**PLAIN, "input": "Yes", "question": "Hi", "status": "tie"},
         "input, prompt, status",
     ),
-    "judged": (
-        {**PLAIN, "status": "tie", "chosen_score": 9, "in_gsm8k_train": False},
-        "none",
-    ),
+    "none": (PLAIN, "none"),
 }
 
 
@@ -485,7 +480,6 @@ OTHER_FILES = {  # bytes that hold ROWS in another way
     "bom.jsonl": b"\xef\xbb\xbf" + written(ROWS, "jsonl"),
     "bom.csv": b"\xef\xbb\xbf" + written(ROWS, "csv"),
     "semicolons.csv": pd.DataFrame(ROWS).to_csv(index=False, sep=";").encode(),
-    "indented.jsonl": "\n".join(json.dumps(row, indent=2) for row in ROWS).encode(),
     "pandas.json": pd.DataFrame(ROWS).to_json().encode(),
     "columns.json": json.dumps(pd.DataFrame(ROWS).to_dict("list")).encode(),
     "windows.jsonl": written(ROWS, "jsonl").replace(b"\n", b"\r\n"),
@@ -503,22 +497,32 @@ def test_file_of_another_make(name, tmp_path, monkeypatch):
 BROKEN_FILES = {  # bytes, and words of the sentence
     "utf16.jsonl": (
         '{"prompt": "é"}'.encode("utf-16"),
-        "utf16.jsonl is not UTF-8 .* save it again in UTF-8",
+        "utf16.jsonl cannot be read as jsonl.* codec.*Text has to be UTF-8",
     ),
-    "latin.csv": ("prompt\né\n".encode("latin-1"), "latin.csv is not UTF-8"),
-    "cut.jsonl.gz": (gzip.compress(written(ROWS, "jsonl"))[:-20], "no whole .gz"),
-    "none.jsonl.gz": (b"{}", "no whole .gz"),
-    "fields.csv": (b'prompt,chosen\n"a","b","c"\n"a","b","c","d"\n', "no table.*line"),
+    "latin.csv": (
+        "prompt\né\n".encode("latin-1"),
+        "latin.csv cannot be read as csv.*Text has to be UTF-8",
+    ),
+    "cut.jsonl.gz": (
+        gzip.compress(written(ROWS, "jsonl"))[:-20],
+        "cannot be read as jsonl.*a .gz whole",
+    ),
+    "none.jsonl.gz": (b"{}", "cannot be read as jsonl.*a .gz whole"),
+    "fields.csv": (
+        b'prompt,chosen\n"a","b","c"\n"a","b","c","d"\n',
+        "cannot be read as csv.*fields in line 3",
+    ),
     "lfs.jsonl": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
-        "line 1 .*git-lfs",
+        "row 1 .*git-lfs",
     ),
     "lfs.parquet": (
         b"version https://git-lfs.github.com/spec/v1\n",
-        "lfs.parquet is no parquet file",
+        "lfs.parquet cannot be read as parquet",
     ),
-    "page.json": (b"<!DOCTYPE html>\n<html>", "page.json, line 1 .*DOCTYPE"),
-    "later.jsonl": (b'{"a": 1}\n{"a": 2}\n[1]\n', r"later.jsonl, line 3 .*\[1\]"),
+    "page.json": (b"<!DOCTYPE html>\n<html>", "page.json .*row 1 .*DOCTYPE"),
+    "cut.json": (b'[{"a": 1},\n{"a": 2}', "cut.json .*line 2 column 9"),
+    "later.jsonl": (b'{"a": 1}\n{"a": 2}\n[1]\n', r"later.jsonl .*row 3 .*\[1\]"),
     "pairs.txt": (b"{}", "pairs.txt has to end in .jsonl"),
 }
 
@@ -533,7 +537,7 @@ def test_broken_file(name, tmp_path):
 
 def test_an_object_that_holds_no_columns_is_a_row(tmp_path):
     for i, row in enumerate(
-        [{"data": ROWS}, {"prompt": ["a"], "chosen": ["b"]}, PLAIN, lists(*EARLIER), {}]
+        [{"data": ROWS}, {"prompt": ["a"], "chosen": ["b"]}, PLAIN, lists(*EARLIER)]
     ):
         (tmp_path / f"{i}.json").write_text(json.dumps(row))
         assert load(tmp_path / f"{i}.json") == [row]
@@ -573,23 +577,6 @@ def test_no_row_that_can_be_read_ends_in_one_sentence(models):
         read(models["qwen"], {**PLAIN, "prompt": " "}, {**PLAIN, "prompt": ""})
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "csv"])
-def test_distilabel_filter(ending, models, tmp_path):
-    judged = {"status": "unchanged", "chosen_score": 9.0, "in_gsm8k_train": False}
-    changes = [
-        {},
-        {"status": "tie"},
-        {"chosen_score": 7.5},
-        {"chosen_score": None},
-        {"in_gsm8k_train": True},
-    ]
-    changes += [{"status": "swapped", "chosen_score": 8.0}]
-    rows = [{"input": str(i), **YZ, **judged, **change} for i, change in enumerate(changes)]
-    (tmp_path / f"pairs.{ending}").write_bytes(written(rows, ending))
-    nb = read(models["qwen"], *load(tmp_path / f"pairs.{ending}"))
-    assert len(nb["pairs"]) == 2 and list(nb["dropped"].values()) == [4]
-
-
 SPLITS = {
     "a": ["train", "test"],
     "b": ["test", "train"],
@@ -621,7 +608,7 @@ def test_set_on_the_hub(tmp_path):
             (folder / "README.md").write_text(f"---\n{json.dumps({'configs': listed})}\n---\n")
             hub.add(source, folder, "dataset")
         assert load("some/set")[0]["prompt"] == "default-train.jsonl"
-        with pytest.raises(ValueError, match="'a', 'b'.*some/more:a"):
+        with pytest.raises(ValueError, match="Config name is missing"):
             load("some/more")
         for name in SPLITS:
             assert load(f"some/more:{name}")[0]["prompt"].startswith(f"{name}-train")
@@ -649,9 +636,14 @@ TOO_FEW = {  # the question of each pair, how many to hold out, of what they are
         1,
         "All 24 pairs have the same question.*add pairs with other questions",
     ),
-    "two questions": ([7] * 12 + [8] * 9, 8, 1, "share 2 questions.*eval_pairs to 9 or more"),
+    "two questions": (
+        [7] * 12 + [8] * 9,
+        8,
+        1,
+        "Only 0 .*raise eval_pairs.*the rarest question has 9",
+    ),
     "all held out": (range(40), 40, 1, "40 pairs .*lower eval_pairs"),
-    "one for each process": (range(40), 3, 4, "Only 3 .* 4 processes.*raise eval_pairs"),
+    "one for each process": (range(40), 3, 4, "Only 3 .* 4 are needed: raise eval_pairs"),
 }
 
 
@@ -706,11 +698,13 @@ TURNS, ANSWERS = st.lists(TURN, max_size=3), {"chosen": ANY, "rejected": ANY}
 NFC = partial(unicodedata.normalize, "NFC")  # as some tokenizers do
 ANY_ROW = {
     None: st.fixed_dictionaries({"system": ANY, "question": ANY, **ANSWERS}),
-    "ChatML": st.fixed_dictionaries({"prompt": ANY.map("<|im_start|>user\n{}".format), **ANSWERS}),
+    "special tokens": st.fixed_dictionaries(
+        {"prompt": ANY.map("<|im_start|>user\n{}".format), **ANSWERS}
+    ),
     "transcript": st.fixed_dictionaries(
         {"prompt": ANY.map("Human: {}\n\nAssistant:".format), **ANSWERS}
     ),
-    "JSON list": st.fixed_dictionaries(
+    "list of messages": st.fixed_dictionaries(
         {"prompt": ANY | TURNS, "chosen": ANY | TURNS, "rejected": ANY | TURNS}
     ),
 }
