@@ -592,6 +592,23 @@ def test_saved_dataset(splits, tmp_path):
     assert load(tmp_path / "saved [1]")[0]["prompt"] in ("train", "train_prefs")
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_distilabel_filter(ending, models, tmp_path):
+    judged = {"status": "unchanged", "chosen_score": 9.0, "in_gsm8k_train": False}
+    changes = [
+        {},
+        {"status": "tie"},
+        {"chosen_score": 7.5},
+        {"chosen_score": None},
+        {"in_gsm8k_train": True},
+    ]
+    changes += [{"status": "swapped", "chosen_score": 8.0}]
+    rows = [{"input": str(i), **YZ, **judged, **change} for i, change in enumerate(changes)]
+    (tmp_path / f"pairs.{ending}").write_bytes(written(rows, ending))
+    nb = read(models["qwen"], *load(tmp_path / f"pairs.{ending}"))
+    assert len(nb["pairs"]) == 2 and list(nb["dropped"].values()) == [4]
+
+
 def test_set_on_the_hub(tmp_path):
     """Of several configurations the one that is named, or the default; of its splits the one to
     train on.
