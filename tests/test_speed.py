@@ -159,14 +159,6 @@ def test_layers_are_asked_for_by_the_sizes_of_a_batch_and_only_for_gradients(sid
         assert batch.asked == [(distinct_tokens(batch.shapes), attention)]
 
 
-def test_attention_computes_less_padding_than_stock_trl(side_by_side):
-    for batch in side_by_side.batches:
-        rows, length = batch.expected.log_probs.shape
-        of_stock = 4 * rows * (length + 1) ** 2
-        computed = sum(sequences * tokens**2 for sequences, tokens in batch.attention)
-        assert computed < (0.7 if batch.shapes == SHAPES else 1) * of_stock
-
-
 def test_attention_takes_a_mask_only_for_a_window(side_by_side, request):
     name = request.node.callspec.params["side_by_side"]
     masked = any(batch.masked for batch in side_by_side.batches)
@@ -238,17 +230,9 @@ def overflow(model):
     model.lm_head.weight.data.fill_(torch.inf)
 
 
-@pytest.mark.parametrize(
-    "dtype, message",
-    [
-        (torch.float16, "MistralForCausalLM gives no numbers in float16: .* bfloat16"),
-        (torch.float32, "no numbers in float32: choose another base.$"),
-    ],
-    ids=["float16", "float32"],
-)
-def test_a_base_that_overflows_is_told(dtype, message):
-    with pytest.raises(FloatingPointError, match=message):
-        measured_error(DENSE["mistral"], dtype, spoil=overflow)
+def test_a_base_that_overflows_is_told():
+    with pytest.raises(AssertionError, match="MistralForCausalLM gives no numbers .* bfloat16"):
+        measured_error(DENSE["mistral"], torch.float16, spoil=overflow)
 
 
 def test_a_base_that_does_not_run_on_a_shared_row_is_told():
@@ -275,24 +259,33 @@ def look_closely(model):
 def test_the_check_sees_faults_that_have_nothing_to_do_with_the_other_answer(fault):
     """In bf16."""
     shared = alone("run-prompts-once")
-    plain = shared["lay_out"]
+    plain_layout = shared["lay_out"]
 
-    def spoiled(ids, real, answer):
-        row = plain(ids, real, answer)
-        if fault == "positions":
-            row.positions = torch.arange(len(row.positions))
-        if fault == "padding":
-            row.groups = [group.roll(1, 0) for group in row.groups]
-        return row
+    def lay_out(*batch):
+        cells, token_at = plain_layout(*batch)
+        return cells, token_at.roll(1, 0)
 
     def no_window(length, window, device):
         return torch.ones(length, length).tril().bool()
 
-    shared["lay_out"] = spoiled
+    def spoil(model):
+        look_closely(model)
+        plain_forward = model.forward
+
+        def forward(*arguments, position_ids=None, **options):
+            if position_ids is not None:
+                position_ids = torch.arange(position_ids.numel())[None]
+            return plain_forward(*arguments, position_ids=position_ids, **options)
+
+        if fault == "positions":
+            model.forward = forward
+
+    if fault == "padding":
+        shared["lay_out"] = lay_out
     if fault == "window":
         shared["window_mask"] = no_window
     windowed = DENSE["mistral, window of 7"]
-    error = measured_error(windowed, torch.bfloat16, spoil=look_closely, shared=shared)
+    error = measured_error(windowed, torch.bfloat16, spoil=spoil, shared=shared)
     assert error.exact == (fault is None)
 
 
