@@ -201,8 +201,8 @@ def test_each_batch_has_the_layers_checkpointed_that_were_planned(trainings, nam
     planned = split.linear_tokens, split.attention_tokens, split.checkpointed_layers
     planned = [*zip(*planned, strict=True)][-len(batches) :]
     for batch, plan in zip(batches, planned, strict=True):
-        assert batch == plan
-        assert batch[2] in layers
+        assert batch[0] == plan[0] and batch[1] <= plan[1]
+        assert batch[2] in layers and batch[2] <= plan[2]
 
 
 @pytest.mark.parametrize("name", ["some layers", "goes on"])
@@ -252,10 +252,12 @@ def plans(request, widths):
 
 
 def test_attention_is_planned_with_its_padding(plans):
-    _, of_rooms = plans
+    """Of shared prompts each half of a batch has its own."""
+    how, of_rooms = plans
     for size, split in zip(SIZES, of_rooms[ROOMS[0]], strict=True):
-        padded = 2 * size * LENGTHS.reshape(-1, size).max(axis=1)
-        assert [*split.attention_tokens] == [*padded]
+        half = size // 2 if how["share"] and size > 1 else size
+        padded = half * LENGTHS.reshape(-1, half).max(axis=1)
+        assert [*split.attention_tokens] == [*2 * padded.reshape(-1, size // half).sum(axis=1)]
 
 
 def fewest_layers(widths, split, room, how):

@@ -159,6 +159,14 @@ def test_layers_are_asked_for_by_the_sizes_of_a_batch_and_only_for_gradients(sid
         assert batch.asked == [(distinct_tokens(batch.shapes), attention)]
 
 
+def test_attention_computes_less_padding_than_stock_trl(side_by_side):
+    for batch in side_by_side.batches:
+        rows, length = batch.expected.log_probs.shape
+        of_stock = 4 * rows * (length + 1) ** 2
+        computed = sum(sequences * tokens**2 for sequences, tokens in batch.attention)
+        assert computed < (0.7 if batch.shapes == SHAPES else 1) * of_stock
+
+
 def test_attention_takes_a_mask_only_for_a_window(side_by_side, request):
     name = request.node.callspec.params["side_by_side"]
     masked = any(batch.masked for batch in side_by_side.batches)
@@ -262,8 +270,8 @@ def test_the_check_sees_faults_that_have_nothing_to_do_with_the_other_answer(fau
     plain_layout = shared["lay_out"]
 
     def lay_out(*batch):
-        cells, token_at = plain_layout(*batch)
-        return cells, token_at.roll(1, 0)
+        cells, groups = plain_layout(*batch)
+        return cells, [group.roll(1, 0) for group in groups]
 
     def no_window(length, window, device):
         return torch.ones(length, length).tril().bool()
