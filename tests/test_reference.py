@@ -65,7 +65,7 @@ def remembered(build, tmp_path_factory):
 
 
 def count_references(nb):
-    """Counts, from now on, the pairs whose reference a trainer computes: {row_key: times}."""
+    """Counts, from now on, the pairs whose reference a trainer computes: {pair_key: times}."""
     counts = Counter()
     trainer, plain = nb["trainer"], nb["trainer"].compute_ref_log_probs
 

@@ -196,12 +196,6 @@ def test_dense_bases_share_by_what_they_are_made_of(name):
     assert SKELETON["why_prompts_cannot_be_shared"](skeleton_of(DENSE[name])) == ""
 
 
-@pytest.mark.newest
-@pytest.mark.parametrize("name", DENSE)
-def test_each_layer_of_dense_bases_has_a_switch_for_checkpointing(name):
-    assert len(SKELETON["checkpointable_layers"](skeleton_of(DENSE[name]))) == 4
-
-
 @pytest.mark.parametrize("name", DENSE)
 def test_dense_bases_share_by_the_numbers(name):
     """Of short pairs too, in each precision that a card may choose."""
@@ -241,20 +235,6 @@ def overflow(model):
 def test_a_base_that_overflows_is_told():
     with pytest.raises(AssertionError, match="MistralForCausalLM gives no numbers .* bfloat16"):
         measured_error(DENSE["mistral"], torch.float16, spoil=overflow)
-
-
-def test_a_base_that_does_not_run_on_a_shared_row_is_told():
-    with pytest.raises(NotImplementedError, match="BloomForCausalLM cannot .* share_prompt to F"):
-        measured_error(OTHERS["bloom"][0], torch.float32)
-
-
-def test_want_of_memory_is_not_taken_for_a_base_that_cannot(monkeypatch):
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", full)
-    with pytest.raises(torch.OutOfMemoryError):
-        measured_error(DENSE["mistral"], torch.float32)
 
 
 def look_closely(model):
