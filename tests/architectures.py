@@ -139,7 +139,7 @@ OTHERS = {
     ),
     "both directions": (
         transformers.Gemma3TextConfig(**GROUPED, use_bidirectional_attention=True),
-        "not causal",
+        "no causal attention",
     ),
     "window in the mask": (transformers.PhimoeConfig(**GROUPED, sliding_window=5), "experts"),
     "recurrent": (
