@@ -221,6 +221,8 @@ def test_a_batch_and_a_row_give_a_pair_the_same_name(remembered):
     rows = [nb["rows"][place] for place in range(5)]
     batch = nb["trainer"].data_collator(rows)
     assert nb["batch_keys"](batch) == [nb["row_key"](row) for row in rows]
+    part = nb["select_pairs"](batch, [1, 3])
+    assert nb["batch_keys"](part) == [nb["row_key"](rows[1]), nb["row_key"](rows[3])]
 
 
 def test_another_pair_has_another_name():
