@@ -97,7 +97,8 @@ def test_nothing_computes_the_reference_besides(build, tmp_path):
             passes.append(1)
 
     model.base_model.model.model.layers[0].register_forward_pre_hook(look)
-    for cell in ("longest", "train", "save"):  # DPO by hand, between them, asks it once more
+    # DPO by hand, between them, would ask it once more.
+    for cell in ("run-prompts-once", "longest", "train", "save"):
         run_cell(cell, nb)
     assert 0 < len(passes) <= len(counts)
 
