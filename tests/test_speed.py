@@ -250,8 +250,8 @@ def test_the_check_sees_faults_that_have_nothing_to_do_with_the_other_answer(fau
     plain_layout = shared["lay_out"]
 
     def lay_out(*batch):
-        cells, groups = plain_layout(*batch)
-        return cells, [group.roll(1, 0) for group in groups]
+        cells, groups, places = plain_layout(*batch)
+        return cells, [group.roll(1, 0) for group in groups], places
 
     def no_window(length, window, device):
         return torch.ones(length, length).tril().bool()
