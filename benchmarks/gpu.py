@@ -562,7 +562,7 @@ def speed_of(clock, notebook, pairs):
 
     if not clock.seconds:
         return {}
-    layers = notebook["linear_layers"](notebook["skeleton"]).values()
+    layers = notebook["linear_layers"](notebook["skeleton"])
     rate = clock.operations_per_second(sum(layer.weight.numel() for layer in layers))
     device = "cuda" if notebook["on_gpu"] else "cpu"
     limit = matmul_rate(device) if torch.cuda.is_available() else rate

@@ -86,8 +86,7 @@ def test_own_layers_make_an_adapter_of_their_size(changed):
 
 def test_the_plan_knows_of_the_smaller_adapter(changed):
     arguments = changed["load_in_4bit"], changed["number_bytes"], changed["on_gpu"]
-    all_layers = changed["linear_layers"](changed["skeleton"]).values()
-    larger = changed["adapter_numbers"](all_layers, 4)
+    larger = changed["adapter_numbers"](changed["config"], "all-linear", 4)
     bytes_of_larger = changed["always_there"](changed["skeleton"], larger, *arguments)
     assert bytes_of_larger - changed["fixed_bytes"] == 16 * (larger - changed["adapter_size"]) > 0
 

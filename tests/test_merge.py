@@ -131,10 +131,8 @@ def test_many_shards_have_an_index_and_integers_stay_integers(base, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "kind, says", [("no safetensors", "safetensors"), ("other names", "more memory")]
-)
-def test_a_base_that_cannot_be_merged_in_shards_ends_in_one_sentence(base, merge, kind, says):
+@pytest.mark.parametrize("kind", ["no safetensors", "other names"])
+def test_a_base_that_cannot_be_merged_in_shards_ends_in_one_sentence(base, merge, kind):
     if kind == "other names":
         save_file(
             {f"transformer.{name}": tensor for name, tensor in tensors(base).items()},
@@ -143,7 +141,7 @@ def test_a_base_that_cannot_be_merged_in_shards_ends_in_one_sentence(base, merge
     else:
         torch.save(tensors(base), base / "pytorch_model.bin")
         (base / "model.safetensors").unlink()
-    with pytest.raises((ValueError, OSError), match=says):
+    with pytest.raises(ValueError, match="has no weights for .*more memory"):
         merge(base, TIGHT)
     if kind == "no safetensors":
         assert merge(base, ROOMY, "roomy")

@@ -201,7 +201,7 @@ def test_each_batch_has_the_layers_checkpointed_that_were_planned(trainings, nam
     planned = split.linear_tokens, split.attention_tokens, split.checkpointed_layers
     planned = [*zip(*planned, strict=True)][-len(batches) :]
     for batch, plan in zip(batches, planned, strict=True):
-        assert batch[0] == plan[0] and batch[1] <= 1.05 * plan[1]
+        assert batch[0] == plan[0] and batch[1] <= plan[1]
         assert batch[2] in layers and batch[2] <= plan[2]
 
 
@@ -252,13 +252,12 @@ def plans(request, widths):
 
 
 def test_attention_is_planned_with_its_padding(plans):
-    """Of shared prompts the shorter answer is in a group of its own where it pays."""
+    """Of shared prompts each half of a batch has its own."""
     how, of_rooms = plans
     for size, split in zip(SIZES, of_rooms[ROOMS[0]], strict=True):
-        groups = LENGTHS.reshape(-1, size)
-        padded = size * groups.max(axis=1)
-        tokens = padded + groups.sum(axis=1) if how["share"] else 2 * padded
-        assert [*split.attention_tokens] == [*tokens]
+        half = size // 2 if how["share"] and size > 1 else size
+        padded = half * LENGTHS.reshape(-1, half).max(axis=1)
+        assert [*split.attention_tokens] == [*2 * padded.reshape(-1, size // half).sum(axis=1)]
 
 
 def fewest_layers(widths, split, room, how):
@@ -318,7 +317,7 @@ def test_a_step_that_does_not_come_out_even_among_processes_is_refused():
 
 @pytest.fixture
 def unlike_layers():
-    width = partial(SKELETON["LayerWidths"], attention=0, scores=0, hidden=1)
+    width = partial(SKELETON["LayerWidths"], attention=0, hidden=1)
     return [width(linear=10), width(linear=100)]
 
 
@@ -382,9 +381,9 @@ def test_the_arithmetic_of_activations(name, checkpointed):
     (config, least, most), asked = PLANNED[name], []
     shapes = [(60, 200, 300), (150, 120, 90), (90, 250, 250)]
     skeleton = skeleton_of(config)
-    widths = SKELETON["layer_widths"](skeleton, longest_sequence=350, in_4bit=False)
+    widths = SKELETON["layer_widths"](skeleton, longest_sequence=360, in_4bit=False)
     base = build(config, torch.bfloat16)
-    size = dict(linear_tokens=6 * 360, attention_tokens=6 * 360, score_pairs=6 * 360**2)
+    size = dict(linear_tokens=6 * 360, attention_tokens=6 * 360)
 
     def layers_to_checkpoint(*sizes):
         asked.append(sizes)
