@@ -93,7 +93,7 @@ DELTA = dict(
 HYBRIDS = {
     "qwen 3.5": (
         transformers.Qwen3_5TextConfig(**GROUPED, **DELTA, head_dim=16),
-        "Conv1d",
+        "Qwen3_5GatedDeltaNet",
     ),
     "lfm 2": (
         transformers.Lfm2Config(**GROUPED, layer_types=["conv", "full_attention"] * 2),
@@ -101,7 +101,7 @@ HYBRIDS = {
     ),
     "bamba": (
         transformers.BambaConfig(**GROUPED, **MAMBA, mamba_expand=2, attn_layer_indices=[1, 3]),
-        "Conv1d",
+        "BambaMixer",
     ),
     "zamba 2": (
         transformers.Zamba2Config(
@@ -113,10 +113,10 @@ HYBRIDS = {
             num_mem_blocks=1,
             adapter_rank=4,
         ),
-        "Conv1d",
+        "Zamba2MambaMixer",
     ),
-    "olmo hybrid": (transformers.OlmoHybridConfig(**PADDED, **DELTA), "Conv1d"),
-    "falcon h1": (transformers.FalconH1Config(**GROUPED, **MAMBA, mamba_d_ssm=64), "Conv1d"),
+    "olmo hybrid": (transformers.OlmoHybridConfig(**PADDED, **DELTA), "OlmoHybridGatedDeltaNet"),
+    "falcon h1": (transformers.FalconH1Config(**GROUPED, **MAMBA, mamba_d_ssm=64), "FalconH1Mixer"),
 }
 # Bases of other kinds that cannot, and what is said to be the reason.
 OTHERS = {
@@ -131,7 +131,7 @@ OTHERS = {
     ),
     "mamba 2": (
         transformers.Mamba2Config(vocab_size=97, hidden_size=32, num_heads=4, head_dim=16),
-        "Conv1d",
+        "Mamba2Mixer",
     ),
     "scores are capped": (
         transformers.Gemma2Config(**GROUPED, head_dim=8),
@@ -139,9 +139,9 @@ OTHERS = {
     ),
     "both directions": (
         transformers.Gemma3TextConfig(**GROUPED, use_bidirectional_attention=True),
-        "no causal attention",
+        "not causal",
     ),
-    "window in the mask": (transformers.PhimoeConfig(**GROUPED, sliding_window=5), "experts"),
+    "window in the mask": (transformers.PhimoeConfig(**GROUPED, sliding_window=5), "window"),
     "recurrent": (
         transformers.RwkvConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2),
         "Rwkv",
@@ -151,6 +151,10 @@ OTHERS = {
             **GROUPED, layer_types=["linear_attention", "full_attention"] * 2
         ),
         "MiniMaxLightningAttention",
+    ),
+    "chooses what it sees": (
+        transformers.DeepseekV32Config(**GROUPED, mlp_layer_types=["dense"] * 4),
+        "Indexer",
     ),
 }
 

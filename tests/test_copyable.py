@@ -6,6 +6,7 @@ import re
 import types
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -179,8 +180,9 @@ def test_score_is_the_sum_of_the_answers_log_probabilities(llama):
     assert logp(llama, row["prompt_ids"], row["chosen_ids"]) == pytest.approx(expected[0], rel=1e-5)
 
 
-def test_score_of_several_rows_is_that_of_each(llama):
-    """Whichever answer is the longer."""
+@pytest.mark.parametrize("pairs_at_once", [2, 3, 8])
+def test_score_in_batches_equals_one_at_a_time(llama, pairs_at_once):
     score = alone("ask")["score"]
-    of_each = [score(llama, [row])[0] for row in ROWS]
-    assert score(llama, Dataset.from_list(ROWS)) == of_each
+    one_at_a_time = score(llama, Dataset.from_list(ROWS))
+    found = score(llama, Dataset.from_list(ROWS), pairs_at_once)
+    assert np.array(found) == pytest.approx(np.array(one_at_a_time), rel=1e-5)

@@ -204,6 +204,12 @@ def test_dense_bases_share_by_what_they_are_made_of(name):
     assert SKELETON["why_prompts_cannot_be_shared"](skeleton_of(DENSE[name])) == ""
 
 
+@pytest.mark.newest
+@pytest.mark.parametrize("name", DENSE)
+def test_each_layer_of_dense_bases_has_a_switch_for_checkpointing(name):
+    assert len(SKELETON["checkpointable_layers"](skeleton_of(DENSE[name]))) == 4
+
+
 @pytest.mark.parametrize("name", DENSE)
 def test_dense_bases_share_by_the_numbers(name):
     """Of short pairs too, in each precision that a card may choose."""
@@ -240,9 +246,31 @@ def overflow(model):
     model.lm_head.weight.data.fill_(torch.inf)
 
 
-def test_a_base_that_overflows_is_told():
-    with pytest.raises(AssertionError, match="MistralForCausalLM gives no numbers .* bfloat16"):
-        measured_error(DENSE["mistral"], torch.float16, spoil=overflow)
+@pytest.mark.parametrize(
+    "dtype, message",
+    [
+        (torch.float16, "MistralForCausalLM gives no numbers in float16: .* bfloat16"),
+        (torch.float32, "no numbers in float32: choose another base.$"),
+    ],
+    ids=["float16", "float32"],
+)
+def test_a_base_that_overflows_is_told(dtype, message):
+    with pytest.raises(FloatingPointError, match=message):
+        measured_error(DENSE["mistral"], dtype, spoil=overflow)
+
+
+def test_a_base_that_does_not_run_on_a_shared_row_is_told():
+    with pytest.raises(NotImplementedError, match="BloomForCausalLM cannot .* share_prompt to F"):
+        measured_error(OTHERS["bloom"][0], torch.float32)
+
+
+def test_want_of_memory_is_not_taken_for_a_base_that_cannot(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        measured_error(DENSE["mistral"], torch.float32)
 
 
 def look_closely(model):
@@ -481,8 +509,7 @@ def test_log_probs_and_gradients_of_a_hybrid_are_stock_trls(prepare, hybrid, nam
     for trainer in (nb["trainer"], stock_trainer(nb, nb["order"])):
         perturb(trainer.model)
         with trainer.accelerator.autocast():
-            of_answers = answer_log_probs(trainer.model, batch_of(trainer))
-        log_probs.append(torch.cat(of_answers))
+            log_probs.append(answer_log_probs(trainer.model, batch_of(trainer)))
         found.append(gradient(trainer))
     assert log_probs[0].isfinite().all() and torch.equal(*log_probs)
     ours, theirs = found
