@@ -279,6 +279,17 @@ def test_stock_trl_does_twice_the_work_and_more(simulated):
     assert ways["recipe of 2024"] == ways["stock TRL"] > kept > 2
 
 
+def test_a_small_set_takes_little_more_work_than_the_least(simulated):
+    """Which has the reference of each pair once."""
+    assert 1 <= simulated["small_set"]["notebook"] <= 1.05
+
+
+def test_a_small_set_takes_stock_trl_three_and_a_half_times_the_work(simulated):
+    small_set = simulated["small_set"]
+    assert small_set["stock"] >= 3.5 * small_set["notebook"]
+    assert small_set["stock"] > small_set["stock_precomputed"] > small_set["notebook"]
+
+
 def rows_of(text):
     """The cells of all tables in a text, without those of numbers that are not simulated."""
     return [[*map(str.strip, line.strip("| ").split("|"))] for line in text.splitlines()]
@@ -309,6 +320,11 @@ def simulated_rows(simulated):
                 f"{way['waits_per_step']}",
             ]
         )
+    small_set = simulated["small_set"]
+    rows.append(["stock TRL", f"{small_set['stock']:.2f}"])
+    precomputed = f"{small_set['stock_precomputed']:.2f}"
+    rows.append(["stock TRL with `precompute_ref_log_probs`", precomputed])
+    rows.append(["this notebook", f"{small_set['notebook']:.2f}"])
     return rows
 
 
@@ -319,14 +335,16 @@ def test_the_benchmarks_tables_are_what_was_simulated(simulated):
 
 
 def test_the_readmes_table_of_speed_is_what_was_simulated(simulated):
+    """Of the default run, and of the small set."""
     text = (ROOT / "README.md").read_text().partition("\n## Speed")[2].partition("\n## ")[0]
     found = {name: figures for name, *figures in rows_of(text) if figures}
-    ways = over_bound(simulated)
+    ways, small_set = over_bound(simulated), simulated["small_set"]
     ours = [way for name, way in ways.items() if name.startswith("this notebook")]
     expected = {
-        "stock TRL, and the recipe of 2024": [ways["stock TRL"]],
-        "this notebook, on any of the cards above": [min(ours), max(ours)],
+        "stock TRL, and the recipe of 2024": [ways["stock TRL"], small_set["stock"]],
+        "this notebook, on any of the cards above": [min(ours), max(ours), small_set["notebook"]],
         "stock TRL without gradient checkpointing": [ways["stock TRL without checkpointing"]],
+        "stock TRL with `precompute_ref_log_probs`": [small_set["stock_precomputed"]],
     }
     for name, figures in expected.items():
         written = re.findall(r"\d\.\d\d", " ".join(found[name]))
