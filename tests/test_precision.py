@@ -42,6 +42,7 @@ def grouped_keys(monkeypatch):
 
 def test_a_small_run_in_fp16_learns_with_a_live_scaler(in_half, tmp_path):
     nb = in_half(max_steps=6, learning_rate=1e-2)
+    assert nb["training_args"].fp16 and not nb["training_args"].bf16
     scaled = []
     plain_step = nb["trainer"].accelerator.scaler.step
 

@@ -503,7 +503,7 @@ def test_a_base_that_cannot_share_is_trained_as_stock_trl_does(prepare, hybrid, 
 def test_log_probs_and_gradients_of_a_hybrid_are_stock_trls(prepare, hybrid, name, precision):
     changes = dict(lora_targets="q_proj, v_proj") if name == "falcon h1" else {}
     nb = prepare(hybrid(name), precision, load_in_4bit=False, eval_pairs=2, **changes)
-    assert not nb["sharing"]
+    assert not nb["sharing"] and nb["training_args"].bf16 == (precision == torch.bfloat16)
     answer_log_probs = alone("run-prompts-once")["answer_log_probs"]
     log_probs, found = [], []
     for trainer in (nb["trainer"], stock_trainer(nb, nb["order"])):

@@ -72,6 +72,7 @@ def result(*folders):
             "learning_rate",
             "eval_loss",
             "eval_rewards/margins",
+            "rewards/margins",
         } & entry.keys():
             metrics[entry["step"], name] = entry[name]
     weights = [path for folder in folders for path in sorted(folder.glob("**/*.safetensors"))]
@@ -272,6 +273,30 @@ def test_a_training_that_was_stopped_before_any_checkpoint_begins_again(
         shutil.rmtree(checkpoint)
     run_cells("train", "save", nb)
     assert faults.steps == [1, 2, 1, 2, 3, 4]
+    assert result(folder) == result(undisturbed)
+
+
+@pytest.mark.parametrize("what", ["training_step", "prediction_step"])
+def test_a_training_that_was_stopped_inside_a_step_goes_on_as_if_it_had_not_been(
+    ready, undisturbed, tmp_path, what
+):
+    """Of the batch that was computed no gradient is left, and no metric. Each has two batches: of
+    the fourth, the first evaluation or step is past, and half of the second.
+    """
+    nb, folder = ready(output_dir=str(tmp_path / "run")), tmp_path / "run"
+    plain, batches = getattr(nb["trainer"], what), []
+
+    def stopped_once(*arguments, **options):
+        batches.append(len(batches))
+        if len(batches) == 4:
+            raise KeyboardInterrupt
+        return plain(*arguments, **options)
+
+    setattr(nb["trainer"], what, stopped_once)
+    with pytest.raises(KeyboardInterrupt):
+        train(nb)
+    run_cells("train", "save", nb)
+    assert nb["training_args"].gradient_accumulation_steps == 2 and len(batches) > 6
     assert result(folder) == result(undisturbed)
 
 
