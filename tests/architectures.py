@@ -152,6 +152,12 @@ OTHERS = {
         ),
         "MiniMaxLightningAttention",
     ),
+    "chunks in the mask": (
+        transformers.Llama4TextConfig(
+            **PADDED, head_dim=8, intermediate_size_mlp=64, interleave_moe_layer_step=100
+        ),
+        "layers of chunked_attention",
+    ),
     "chooses what it sees": (
         transformers.DeepseekV32Config(**GROUPED, mlp_layer_types=["dense"] * 4),
         "Indexer",
