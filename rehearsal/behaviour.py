@@ -17,6 +17,7 @@ from statistics import mean
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import PercentFormatter
 from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -187,11 +188,13 @@ def sentences(answer):
 
 
 def answers_by_round(output, seed, rule="two_sentences"):
-    """The answers before and after each round of a rule that the folder `output` holds, by what they are called."""
-    models = {"before": read_answers(answers_file(output, "before", seed, 0))}
-    for number, name in enumerate(
-        ("after a round of DPO on its own answers", "after two rounds"), start=1
-    ):
+    """{what a model is called: its held-out answers}, before and after each round of a rule.
+
+    Rounds that the folder `output` does not hold are left out.
+    """
+    models = {"before": read_answers(answers_file(output, rule, seed, 0))}
+    names = {1: "after one round of DPO on its own answers", 2: "after two rounds"}
+    for number, name in names.items():
         file = answers_file(output, rule, seed, number)
         if file.exists():
             models[name] = read_answers(file)
@@ -208,73 +211,72 @@ def in_lines(answer, width=54, most=8):
     return lines
 
 
-def draw_picture(picture, models, places=(0, 1, 2)):
-    """Answers before and after in two columns, above the shares of all answers with their 95 % intervals.
+def lay_out(models, places):
+    """The text of the picture as (column, line, text, weight) each, and how many lines it has.
 
-    models: {what it is called: its answers to the held-out prompts}, the base first and the newest last.
-    places: which of the held-out prompts are shown, by default the first.
+    The first of the models is in the left column, the last in the right one.
     """
-    prompts = [line.strip().removesuffix(REQUEST) for line in (RECIPE / "held_out.txt").open()]
-    first, *_, last = models
-    texts, height = (
-        [(0, 0, first, "bold"), (1, 0, last, "bold")],
-        1.7,
-    )  # (column, line, text, weight)
+    names = list(models)
+    columns = {0: names[0], 1: names[-1]}
+    with (RECIPE / "held_out.txt").open(encoding="utf-8") as file:
+        prompts = [line.strip().removesuffix(REQUEST) for line in file]
+    texts = [(column, 0, name, "bold") for column, name in columns.items()]
+    line = 1.7
     for place in places:
-        columns = [in_lines(models[first][place]), in_lines(models[last][place])]
-        texts.append((0, height, prompts[place], "bold"))
-        for column, lines in enumerate(columns):
-            for number, line in enumerate(lines):
-                texts.append((column, height + 1.2 + number, line, "normal"))
-        height += max(map(len, columns)) + 2
+        texts.append((0, line, prompts[place], "bold"))
+        line += 1.2
+        most = 0
+        for column, name in columns.items():
+            words = in_lines(models[name][place])
+            texts += [(column, line + below, text, "normal") for below, text in enumerate(words)]
+            most = max(most, len(words))
+        line += most + 0.8
+    return texts, line
 
-    inches = 0.2 * height
-    figure = plt.figure(figsize=(9.5, inches + 3.4))
-    rows = figure.add_gridspec(2, 1, height_ratios=[inches, 2.3], hspace=0.1)
-    rows.update(
-        left=0.075, right=0.985, top=1 - 0.55 / (inches + 3.4), bottom=0.35 / (inches + 3.4)
-    )
-    axes = figure.add_subplot(rows[0])
-    axes.set(xlim=(0, 1), ylim=(height, 0))
-    axes.axis("off")
-    for column, line, text, weight in texts:
-        axes.text(
-            0.51 * column, line, text, va="top", fontsize=10.5, weight=weight, parse_math=False
-        )
-    axes = figure.add_subplot(rows[1])
+
+def draw_shares(axes, models):
+    """Bars of the shares of each model's answers, with their 95 % intervals."""
     width = 0.8 / len(models)
     for number, (name, answers) in enumerate(models.items()):
         found = [sentences(answer) for answer in answers]
-        counts = [found.count(length) for length in LENGTHS] + [sum(kept("example", answers))]
-        for place, count in enumerate(counts):
-            low, high = interval(count, len(answers))
-            share, left = count / len(answers), place + (number - (len(models) - 1) / 2) * width
-            label = name if place == 0 else None
-            error = [[share - low], [high - share]]
-            axes.bar(
-                left,
-                share,
-                0.9 * width,
-                yerr=error,
-                capsize=4,
-                color=f"C{number}",
-                alpha=0.75,
-                label=label,
-            )
-            axes.annotate(
-                f"{share:.0%}",
-                (left, high),
-                (0, 2),
-                textcoords="offset points",
-                ha="center",
-                fontsize=10,
-            )
+        counts = [found.count(length) for length in LENGTHS]
+        counts.append(sum(kept("example", answers)))
+        lefts = [place + (number - (len(models) - 1) / 2) * width for place in range(len(counts))]
+        shares = [count / len(answers) for count in counts]
+        bounds = [interval(count, len(answers)) for count in counts]
+        below = [share - bound.low for share, bound in zip(shares, bounds, strict=True)]
+        above = [bound.high - share for share, bound in zip(shares, bounds, strict=True)]
+        style = dict(color=f"C{number}", alpha=0.75, capsize=4, label=name)
+        axes.bar(lefts, shares, 0.9 * width, yerr=[below, above], **style)
+        for left, share, bound in zip(lefts, shares, bounds, strict=True):
+            axes.text(left, bound.high + 0.02, f"{share:.0%}", ha="center", fontsize=10)
     axes.set_xticks(range(len(LENGTHS) + 1), [*LENGTHS, "names an example"])
     axes.set(ylim=(0, 1), ylabel="share")
-    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.legend(loc="upper right")
-    axes.set_title(
-        f"of {len(answers)} answers to held-out questions, with 95% intervals", fontsize=10.5
-    )
-    figure.suptitle(f"SmolLM2-135M-Instruct, asked each time: “{REQUEST.strip()}”", fontsize=12.5)
+    title = f"of {len(answers)} answers to held-out questions, with 95% intervals"
+    axes.set_title(title, fontsize=10.5)
+
+
+def draw_picture(picture, models, places=(0, 1, 2)):
+    """Answers before and after in two columns, above the shares of all answers.
+
+    models: {what it is called: its answers to the held-out prompts}, the base first and the newest
+    last. places: which of the held-out prompts are shown, by default the first.
+    """
+    texts, lines = lay_out(models, places)
+    text_inches = 0.2 * lines
+    inches = text_inches + 3.4
+    figure = plt.figure(figsize=(9.5, inches))
+    rows = figure.add_gridspec(2, 1, height_ratios=[text_inches, 2.3], hspace=0.1)
+    rows.update(left=0.075, right=0.985, top=1 - 0.55 / inches, bottom=0.35 / inches)
+    axes = figure.add_subplot(rows[0])
+    axes.set(xlim=(0, 1), ylim=(lines, 0))
+    axes.axis("off")
+    for column, line, text, weight in texts:
+        style = dict(va="top", fontsize=10.5, weight=weight, parse_math=False)
+        axes.text(0.51 * column, line, text, **style)
+    draw_shares(figure.add_subplot(rows[1]), models)
+    asked = REQUEST.strip()
+    figure.suptitle(f"SmolLM2-135M-Instruct, asked each time: “{asked}”", fontsize=12.5)
     figure.savefig(picture, dpi=190)
