@@ -236,10 +236,12 @@ def lay_out(models, places):
 
 def draw_shares(axes, models):
     """Bars of the shares of each model's answers, with their 95 % intervals."""
+    groups = ["keeps the rule", "one sentence", "three or more", LENGTHS[3], "names an example"]
     width = 0.8 / len(models)
     for number, (name, answers) in enumerate(models.items()):
-        found = [sentences(answer) for answer in answers]
-        counts = [found.count(length) for length in LENGTHS]
+        lengths = [sentences(answer) for answer in answers]
+        counts = [sum(kept("two_sentences", answers))]
+        counts += [lengths.count(group) for group in groups[1:4]]
         counts.append(sum(kept("example", answers)))
         lefts = [place + (number - (len(models) - 1) / 2) * width for place in range(len(counts))]
         shares = [count / len(answers) for count in counts]
@@ -250,11 +252,11 @@ def draw_shares(axes, models):
         axes.bar(lefts, shares, 0.9 * width, yerr=[below, above], **style)
         for left, share, bound in zip(lefts, shares, bounds, strict=True):
             axes.text(left, bound.high + 0.02, f"{share:.0%}", ha="center", fontsize=10)
-    axes.set_xticks(range(len(LENGTHS) + 1), [*LENGTHS, "names an example"])
+    axes.set_xticks(range(len(groups)), groups)
     axes.set(ylim=(0, 1), ylabel="share")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.legend(loc="upper right")
-    title = f"of {len(answers)} answers to held-out questions, with 95% intervals"
+    title = f"{len(answers)} held-out questions, 95% intervals; the rule: exactly two sentences"
     axes.set_title(title, fontsize=10.5)
 
 
