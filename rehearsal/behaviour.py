@@ -124,7 +124,7 @@ def train(run_notebook, environment, output, seed, rounds):
             own_answers = place
 
 
-def measure(run_notebook, environment, output, seed=1, rounds=2):
+def measure(run_notebook, environment, output, seed=1, rounds=1):
     """A list of dictionaries, one for each model.
 
     Of its `answers` to held-out prompts: how many keep each rule, how many are `finished`, and how
