@@ -187,13 +187,13 @@ def sentences(answer):
     return LENGTHS[min(count, 3) - 1]
 
 
-def answers_by_round(output, seed, rule="two_sentences"):
+def answers_by_round(output, seed, rule="example"):
     """{what a model is called: its held-out answers}, before and after each round of a rule.
 
     Rounds that the folder `output` does not hold are left out.
     """
     models = {"before": read_answers(answers_file(output, rule, seed, 0))}
-    names = {1: "after one round of DPO on its own answers", 2: "after two rounds"}
+    names = {1: "after a round of DPO on its own answers", 2: "after two rounds"}
     for number, name in names.items():
         file = answers_file(output, rule, seed, number)
         if file.exists():
@@ -236,13 +236,12 @@ def lay_out(models, places):
 
 def draw_shares(axes, models):
     """Bars of the shares of each model's answers, with their 95 % intervals."""
-    groups = ["keeps the rule", "one sentence", "three or more", LENGTHS[3], "names an example"]
+    groups = ["names an example", *LENGTHS]
     width = 0.8 / len(models)
     for number, (name, answers) in enumerate(models.items()):
         lengths = [sentences(answer) for answer in answers]
-        counts = [sum(kept("two_sentences", answers))]
-        counts += [lengths.count(group) for group in groups[1:4]]
-        counts.append(sum(kept("example", answers)))
+        counts = [sum(kept("example", answers))]
+        counts += [lengths.count(length) for length in LENGTHS]
         lefts = [place + (number - (len(models) - 1) / 2) * width for place in range(len(counts))]
         shares = [count / len(answers) for count in counts]
         bounds = [interval(count, len(answers)) for count in counts]
@@ -256,15 +255,16 @@ def draw_shares(axes, models):
     axes.set(ylim=(0, 1), ylabel="share")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.legend(loc="upper right")
-    title = f"{len(answers)} held-out questions, 95% intervals; the rule: exactly two sentences"
+    title = f"of {len(answers)} answers to held-out questions, with 95% intervals"
     axes.set_title(title, fontsize=10.5)
 
 
-def draw_picture(picture, models, places=(0, 1, 2)):
+def draw_picture(picture, models, places=(3, 5, 7)):
     """Answers before and after in two columns, above the shares of all answers.
 
     models: {what it is called: its answers to the held-out prompts}, the base first and the newest
-    last. places: which of the held-out prompts are shown, by default the first.
+    last. places: which of the held-out prompts are shown. Of the default ones two came to name an
+    example in the run that the README shows, and one did not.
     """
     texts, lines = lay_out(models, places)
     text_inches = 0.2 * lines

@@ -427,7 +427,7 @@ def test_a_measured_behaviour_in_words_and_in_a_picture(tmp_path):
         "two_sentences, round 1" in words[1]
         and "has exactly two sentences 90% (83% to 94%)" in words[1]
     )
-    models = behaviour.answers_by_round(tmp_path, 1)
+    models = behaviour.answers_by_round(tmp_path, 1, "two_sentences")
     assert [name.split()[0] for name in models] == ["before", "after"]
     assert [behaviour.sentences(answers[0]) for answers in models.values()] == [
         "one sentence",
