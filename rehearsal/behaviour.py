@@ -1,8 +1,9 @@
-"""A behaviour before and after DPO: what a real model writes, measured on prompts that no pair is made of.
+"""A behaviour before and after DPO: what a real model writes to prompts that no pair is made of.
 
-SmolLM2-135M-Instruct is asked everyday questions, each with "Answer in two sentences, with an example." Two rules of
-recipes/make_pairs check the two halves of that request. For each rule by itself the model's own answers are ranked, the
-notebook trains on the pairs, and answers to held-out questions are sampled. A second round starts from the result.
+SmolLM2-135M-Instruct is asked everyday questions, each with "Answer in two sentences, with an
+example." Two rules of recipes/make_pairs check the two halves of that request. For each rule by
+itself the model's own answers are ranked, the notebook trains on the pairs, and answers to held-out
+questions are sampled. A second round starts from the result.
 """
 
 import json
@@ -16,6 +17,7 @@ from statistics import mean
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import PercentFormatter
 from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,23 +48,17 @@ def recipe(script, *options):
 
 
 def make_pairs(model, rule, folder):
-    """The file of the pairs that the rule makes of the model's own answers. Both rules rank the same answers."""
+    """The file of the pairs that a rule makes of the model's own answers to prompts.txt.
+
+    Both rules rank the same answers, which are kept in `folder`.
+    """
     pairs = folder / f"pairs-{rule}.jsonl"
     if not pairs.exists():
         own = folder / "own.jsonl"
-        asked = [
-            "--model",
-            model,
-            "--prompts",
-            RECIPE / "prompts.txt",
-            "--answers",
-            4,
-            "--batch-size",
-            24,
-        ]
-        recipe(
-            "make_pairs.py", *asked, "--seed", 1, "--rule", RECIPE / f"{rule}.py", "--output", own
-        )
+        asked = ["--model", model, "--prompts", RECIPE / "prompts.txt", "--seed", 1]
+        sampled = ["--answers", 4, "--batch-size", 24]
+        ranked = ["--rule", RECIPE / f"{rule}.py", "--output", own]
+        recipe("make_pairs.py", *asked, *sampled, *ranked)
         own.rename(pairs)
     return pairs
 
@@ -76,10 +72,10 @@ def sample(model, prompts, file, at_once=60):
 
 
 def answers_file(output, rule, seed, number):
-    """Where the answers to the held-out prompts are: of a round of a rule, or before the first, of round 0."""
-    return output / (
-        f"held-out-{rule}-seed{seed}-round{number}.jsonl" if number else "held-out-before.jsonl"
-    )
+    """Where the answers to the held-out prompts are. Round 0 is before any training."""
+    if number == 0:
+        return output / "held-out-before.jsonl"
+    return output / f"held-out-{rule}-seed{seed}-round{number}.jsonl"
 
 
 def kept(rule, answers):
@@ -90,10 +86,11 @@ def kept(rule, answers):
 
 @torch.inference_mode()
 def nats_per_token(model, questions, answers):
-    """How unlikely the answers to the questions are under a model: mean negative log-likelihood of a token."""
+    """How unlikely a model finds answers to questions: mean negative log-likelihood of a token."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    nats, tokens = 0.0, 0
+    nats = 0.0
+    tokens = 0
     for question, answer in zip(questions, answers, strict=True):
         turns = [{"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -107,23 +104,32 @@ def nats_per_token(model, questions, answers):
 
 
 def train(run_notebook, environment, output, seed, rounds):
-    """Yields (rule, round, model) as they come. What the folder `output` holds already is not done again."""
+    """Yields (rule, round, model) as they come.
+
+    What the folder `output` holds already is not done again.
+    """
+    (output / "base").mkdir(exist_ok=True)
     for rule in RULES:
-        model, made = output / "model", output / "base"
+        start = output / "model"
+        own_answers = output / "base"
         for number in range(1, rounds + 1):
-            made.mkdir(exist_ok=True)
-            pairs = make_pairs(model, rule, made)
+            pairs = make_pairs(start, rule, own_answers)
             place = output / f"{rule}-seed{seed}-round{number}"
-            model, start, made = place / "dpo_run" / "merged", model, place
-            if not (model / "README.md").exists():
+            merged = place / "dpo_run" / "merged"
+            if not (merged / "README.md").exists():
                 sources = dict(base_model=start, dataset_id=pairs, new_model=place.name, seed=seed)
                 run_notebook(place, environment, **sources, **PARAMETERS)
-            yield rule, number, model
+            yield rule, number, merged
+            start = merged
+            own_answers = place
 
 
-def measure(run_notebook, environment, output, seed=1, rounds=2):
-    """The table of the models, a dictionary each: of `answers` held-out ones how many keep each rule and are finished,
-    their mean tokens, and what the training cost elsewhere: nats per token of the base's answers to plain questions.
+def measure(run_notebook, environment, output, seed=1, rounds=1):
+    """A list of dictionaries, one for each model.
+
+    Of its `answers` to held-out prompts: how many keep each rule, how many are `finished`, and how
+    many `tokens` they have on average. What the training cost elsewhere: `nats` per token of the
+    base's answers to 40 of the questions without the request.
     """
     base = output / "model"
     if not (base / "config.json").exists():
@@ -131,9 +137,8 @@ def measure(run_notebook, environment, output, seed=1, rounds=2):
     held_out = RECIPE / "held_out.txt"
     questions = [line.strip().removesuffix(REQUEST) for line in held_out.open()][:40]
     (output / "plain.txt").write_text("\n".join(questions) + "\n")
-    usual = [
-        answer["text"] for answer in sample(base, output / "plain.txt", output / "plain.jsonl", 40)
-    ]
+    plain = sample(base, output / "plain.txt", output / "plain.jsonl", 40)
+    usual = [answer["text"] for answer in plain]
     models = [("before", 0, base), *train(run_notebook, environment, output, seed, rounds)]
     table = []
     for rule, number, model in models:
@@ -170,9 +175,7 @@ def in_words(table):
 
 def read_answers(file):
     """The answers of a file that share.py wrote, {"text", "tokens", "finished"} each."""
-    lines = file.read_text(encoding="utf-8").split("\n")[
-        1:-1
-    ]  # the first says how they were sampled
+    _, *lines = file.open(encoding="utf-8")  # the first says how they were sampled
     return [json.loads(line)[0] for line in lines]
 
 
@@ -184,12 +187,14 @@ def sentences(answer):
     return LENGTHS[min(count, 3) - 1]
 
 
-def answers_by_round(output, seed, rule="two_sentences"):
-    """The answers before and after each round of a rule that the folder `output` holds, by what they are called."""
-    models = {"before": read_answers(answers_file(output, "before", seed, 0))}
-    for number, name in enumerate(
-        ("after a round of DPO on its own answers", "after two rounds"), start=1
-    ):
+def answers_by_round(output, seed, rule="example"):
+    """{what a model is called: its held-out answers}, before and after each round of a rule.
+
+    Rounds that the folder `output` does not hold are left out.
+    """
+    models = {"before": read_answers(answers_file(output, rule, seed, 0))}
+    names = {1: "after a round of DPO on its own answers", 2: "after two rounds"}
+    for number, name in names.items():
         file = answers_file(output, rule, seed, number)
         if file.exists():
             models[name] = read_answers(file)
@@ -206,73 +211,74 @@ def in_lines(answer, width=54, most=8):
     return lines
 
 
-def draw_picture(picture, models, places=(0, 1, 2)):
-    """Answers before and after in two columns, above the shares of all answers with their 95 % intervals.
+def lay_out(models, places):
+    """The text of the picture as (column, line, text, weight) each, and how many lines it has.
 
-    models: {what it is called: its answers to the held-out prompts}, the base first and the newest last.
-    places: which of the held-out prompts are shown, by default the first.
+    The first of the models is in the left column, the last in the right one.
     """
-    prompts = [line.strip().removesuffix(REQUEST) for line in (RECIPE / "held_out.txt").open()]
-    first, *_, last = models
-    texts, height = (
-        [(0, 0, first, "bold"), (1, 0, last, "bold")],
-        1.7,
-    )  # (column, line, text, weight)
+    names = list(models)
+    columns = {0: names[0], 1: names[-1]}
+    with (RECIPE / "held_out.txt").open(encoding="utf-8") as file:
+        prompts = [line.strip().removesuffix(REQUEST) for line in file]
+    texts = [(column, 0, name, "bold") for column, name in columns.items()]
+    line = 1.7
     for place in places:
-        columns = [in_lines(models[first][place]), in_lines(models[last][place])]
-        texts.append((0, height, prompts[place], "bold"))
-        for column, lines in enumerate(columns):
-            for number, line in enumerate(lines):
-                texts.append((column, height + 1.2 + number, line, "normal"))
-        height += max(map(len, columns)) + 2
+        texts.append((0, line, prompts[place], "bold"))
+        line += 1.2
+        most = 0
+        for column, name in columns.items():
+            words = in_lines(models[name][place])
+            texts += [(column, line + below, text, "normal") for below, text in enumerate(words)]
+            most = max(most, len(words))
+        line += most + 0.8
+    return texts, line
 
-    inches = 0.2 * height
-    figure = plt.figure(figsize=(9.5, inches + 3.4))
-    rows = figure.add_gridspec(2, 1, height_ratios=[inches, 2.3], hspace=0.1)
-    rows.update(
-        left=0.075, right=0.985, top=1 - 0.55 / (inches + 3.4), bottom=0.35 / (inches + 3.4)
-    )
-    axes = figure.add_subplot(rows[0])
-    axes.set(xlim=(0, 1), ylim=(height, 0))
-    axes.axis("off")
-    for column, line, text, weight in texts:
-        axes.text(
-            0.51 * column, line, text, va="top", fontsize=10.5, weight=weight, parse_math=False
-        )
-    axes = figure.add_subplot(rows[1])
+
+def draw_shares(axes, models):
+    """Bars of the shares of each model's answers, with their 95 % intervals."""
+    groups = ["names an example", *LENGTHS]
     width = 0.8 / len(models)
     for number, (name, answers) in enumerate(models.items()):
-        found = [sentences(answer) for answer in answers]
-        counts = [found.count(length) for length in LENGTHS] + [sum(kept("example", answers))]
-        for place, count in enumerate(counts):
-            low, high = interval(count, len(answers))
-            share, left = count / len(answers), place + (number - (len(models) - 1) / 2) * width
-            label = name if place == 0 else None
-            error = [[share - low], [high - share]]
-            axes.bar(
-                left,
-                share,
-                0.9 * width,
-                yerr=error,
-                capsize=4,
-                color=f"C{number}",
-                alpha=0.75,
-                label=label,
-            )
-            axes.annotate(
-                f"{share:.0%}",
-                (left, high),
-                (0, 2),
-                textcoords="offset points",
-                ha="center",
-                fontsize=10,
-            )
-    axes.set_xticks(range(len(LENGTHS) + 1), [*LENGTHS, "names an example"])
+        lengths = [sentences(answer) for answer in answers]
+        counts = [sum(kept("example", answers))]
+        counts += [lengths.count(length) for length in LENGTHS]
+        lefts = [place + (number - (len(models) - 1) / 2) * width for place in range(len(counts))]
+        shares = [count / len(answers) for count in counts]
+        bounds = [interval(count, len(answers)) for count in counts]
+        below = [share - bound.low for share, bound in zip(shares, bounds, strict=True)]
+        above = [bound.high - share for share, bound in zip(shares, bounds, strict=True)]
+        style = dict(color=f"C{number}", alpha=0.75, capsize=4, label=name)
+        axes.bar(lefts, shares, 0.9 * width, yerr=[below, above], **style)
+        for left, share, bound in zip(lefts, shares, bounds, strict=True):
+            axes.text(left, bound.high + 0.02, f"{share:.0%}", ha="center", fontsize=10)
+    axes.set_xticks(range(len(groups)), groups)
     axes.set(ylim=(0, 1), ylabel="share")
-    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.legend(loc="upper right")
-    axes.set_title(
-        f"of {len(answers)} answers to held-out questions, with 95% intervals", fontsize=10.5
-    )
-    figure.suptitle(f"SmolLM2-135M-Instruct, asked each time: “{REQUEST.strip()}”", fontsize=12.5)
+    title = f"of {len(answers)} answers to held-out questions, with 95% intervals"
+    axes.set_title(title, fontsize=10.5)
+
+
+def draw_picture(picture, models, places=(3, 5, 7)):
+    """Answers before and after in two columns, above the shares of all answers.
+
+    models: {what it is called: its answers to the held-out prompts}, the base first and the newest
+    last. places: which of the held-out prompts are shown. Of the default ones two came to name an
+    example in the run that the README shows, and one did not.
+    """
+    texts, lines = lay_out(models, places)
+    text_inches = 0.2 * lines
+    inches = text_inches + 3.4
+    figure = plt.figure(figsize=(9.5, inches))
+    rows = figure.add_gridspec(2, 1, height_ratios=[text_inches, 2.3], hspace=0.1)
+    rows.update(left=0.075, right=0.985, top=1 - 0.55 / inches, bottom=0.35 / inches)
+    axes = figure.add_subplot(rows[0])
+    axes.set(xlim=(0, 1), ylim=(lines, 0))
+    axes.axis("off")
+    for column, line, text, weight in texts:
+        style = dict(va="top", fontsize=10.5, weight=weight, parse_math=False)
+        axes.text(0.51 * column, line, text, **style)
+    draw_shares(figure.add_subplot(rows[1]), models)
+    asked = REQUEST.strip()
+    figure.suptitle(f"SmolLM2-135M-Instruct, asked each time: “{asked}”", fontsize=12.5)
     figure.savefig(picture, dpi=190)

@@ -1,4 +1,7 @@
-"""Pairs from a model's own answers, and from comparisons: recipes/make_pairs, on tiny models and a judge on this machine."""
+"""Pairs from a model's own answers, and from comparisons: recipes/make_pairs.
+
+The models are tiny, and the judge runs on this machine.
+"""
 
 import json
 import runpy
@@ -34,33 +37,19 @@ PROMPTS = [
 
 @pytest.fixture
 def make(models, tmp_path, monkeypatch, capsys):
-    """Runs make_pairs.py as a command, on a tiny model with random weights. Returns its pairs and what it printed."""
+    """Runs make_pairs.py as a command, on a tiny model with random weights.
+
+    Returns its pairs and what it printed.
+    """
     prompts, rule = tmp_path / "prompts.txt", tmp_path / "rule.py"
     prompts.write_text("\n".join(PROMPTS) + "\n\n")
     rule.write_text("def score(prompt, answer):\n    return len(answer) % 7\n")
 
     def run(*options, output="pairs.jsonl", how=("--rule", rule)):
-        line = [
-            "--model",
-            models["qwen"],
-            "--prompts",
-            prompts,
-            "--answers",
-            3,
-            "--max-new-tokens",
-            8,
-        ]
-        line += [
-            "--batch-size",
-            2,
-            "--temperature",
-            1,
-            "--output",
-            tmp_path / output,
-            *how,
-            *options,
-        ]
-        monkeypatch.setattr(sys, "argv", ["make_pairs.py", *map(str, line)])
+        line = ["make_pairs.py", "--model", models["qwen"], "--prompts", prompts]
+        line += ["--answers", 3, "--max-new-tokens", 8, "--batch-size", 2, "--temperature", 1]
+        line += ["--output", tmp_path / output, *how, *options]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in line])
         make_pairs.main()
         pairs = [json.loads(line) for line in (tmp_path / output).open()]
         return pairs, capsys.readouterr().out
@@ -223,7 +212,7 @@ def test_a_classifier_is_no_reward_model(make, all_finished, reward_models):
 
 @pytest.fixture
 def judge(monkeypatch):
-    """Serves an OpenAI-compatible judge that replies what `judge.reply(first, second)` says. Returns it with its address."""
+    """An OpenAI-compatible judge that replies what `judge.reply(first, second)` says."""
 
     class Judge(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -438,7 +427,7 @@ def test_a_measured_behaviour_in_words_and_in_a_picture(tmp_path):
         "two_sentences, round 1" in words[1]
         and "has exactly two sentences 90% (83% to 94%)" in words[1]
     )
-    models = behaviour.answers_by_round(tmp_path, 1)
+    models = behaviour.answers_by_round(tmp_path, 1, "two_sentences")
     assert [name.split()[0] for name in models] == ["before", "after"]
     assert [behaviour.sentences(answers[0]) for answers in models.values()] == [
         "one sentence",

@@ -7,76 +7,17 @@ that was cut off goes on where it was, and the same answers can be ranked in ano
 """
 
 import argparse
-import hashlib
-import itertools
-import json
-import operator
 from collections import Counter
 from pathlib import Path
 
 import rankings
 from answers import sampler
+from prompts import read_prompts
+from resume import append, begin_or_resume, fingerprint
 from tqdm.auto import tqdm
 
 # The smallest of a family that leads the benchmarks of reward models (arXiv 2507.01352).
 REWARD_MODEL = "Skywork/Skywork-Reward-V2-Qwen3-0.6B"
-
-
-def read_prompts(source, column="prompt", split="train", count=0):
-    """The prompts, each a list of {"role", "content"} that ends with a user's turn, none twice.
-
-    source: a text file with a prompt on each line; or a .jsonl file or a data set's Hub id, of
-    which `column` is read: texts, or lists of messages, whose last answer is left out.
-    count: how many at most, 0 for all.
-    """
-    if source.endswith(".txt"):
-        values = [line.strip() for line in open(source, encoding="utf-8")]
-    elif source.endswith(".jsonl"):
-        values = [json.loads(line)[column] for line in open(source, encoding="utf-8")]
-    else:
-        from datasets import load_dataset
-
-        values = load_dataset(source, split=split)[column]
-    prompts = {}
-    for value in values:
-        turns = [{"role": "user", "content": value}] if isinstance(value, str) else list(value)
-        while turns and turns[-1]["role"] == "assistant":
-            turns.pop()
-        if turns and turns[-1]["content"]:
-            prompts[json.dumps(turns)] = turns
-    return list(prompts.values())[: count or None]
-
-
-def fingerprint(content):
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def append(path, rows):
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def begin_or_resume(path, made_with):
-    """The rows that the file holds already, behind a first line that says what they were made with.
-
-    Raises SystemExit if the file was made with something else.
-    """
-    path.touch()
-    whole, _, cut_off = path.read_text(encoding="utf-8").rpartition("\n")
-    if not whole:
-        path.write_text("", encoding="utf-8")
-        append(path, [made_with])
-        return []
-    if cut_off:  # a line that was not written to its end
-        path.write_text(whole + "\n", encoding="utf-8")
-    first, *rows = [json.loads(line) for line in whole.split("\n")]
-    if first != made_with:
-        changed = [name for name in made_with if first.get(name) != made_with[name]]
-        raise SystemExit(
-            f"{path} was made with another {', '.join(changed)}: "
-            "delete it, or choose another --output."
-        )
-    return rows
 
 
 def sample_answers(prompts, path, batch_size, seed, **how):
@@ -86,43 +27,42 @@ def sample_answers(prompts, path, batch_size, seed, **how):
     """
     weights = Path(how["model"]).glob("*.safetensors")  # none where the model is a Hub id
     written = max((file.stat().st_mtime for file in weights), default=None)
-    digest = fingerprint(prompts)
-    made_with = {**how, "seed": seed, "prompts": digest, "date of the weights": written}
+    made_with = {**how, "seed": seed, "prompts": fingerprint(prompts)}
+    made_with["date of the weights"] = written
     rows = begin_or_resume(path, made_with)
+    if len(rows) == len(prompts):
+        return rows
     sample, at_once = sampler(batch_size)
-    batches = {
-        seed + start: prompts[start : start + at_once]
-        for start in range(len(rows), len(prompts), at_once)
-    }
-    if batches:
-        progress = tqdm(total=len(prompts), initial=len(rows), desc="prompts answered")
-        for found in sample(batches=batches, **how):
-            append(path, found)
-            rows += found
-            progress.update(len(found))
+    batches = {}
+    for start in range(len(rows), len(prompts), at_once):
+        batches[seed + start] = prompts[start : start + at_once]
+    for found in tqdm(sample(batches=batches, **how), "batches answered", len(batches)):
+        append(path, found)
+        rows += found
     return rows
 
 
 def score_answers(prompts, answers, path, options):
     """A list of scores for each prompt. `path` keeps what a judge or a reward model said."""
+    scores = []
+    if not options.rule:
+        made_with = {"reward model": options.reward_model, "judge": options.judge}
+        made_with["judge's name"] = options.judge_model
+        made_with["answers"] = fingerprint(answers)
+        scores = begin_or_resume(path, made_with)
+    if len(scores) == len(answers):
+        return scores
     if options.rule:
-        rank, scores = rankings.by_rule(options.rule), []
-    else:
-        models = {
-            "reward model": options.reward_model,
-            "judge": options.judge,
-            "judge's name": options.judge_model,
-        }
-        scores = begin_or_resume(path, {**models, "answers": fingerprint(answers)})
-    if options.judge:
+        rank = rankings.by_rule(options.rule)
+    elif options.judge:
         rank = rankings.by_judge(options.judge, options.judge_model)
-    elif options.reward_model and len(scores) < len(answers):
+    else:
         rank = rankings.by_reward_model(options.reward_model)
-    places = range(len(scores), len(answers))
-    for place in tqdm(places, initial=len(scores), total=len(answers), desc="prompts ranked"):
-        scores.append(rank(prompts[place], [answer["text"] for answer in answers[place]]))
+    for place in tqdm(range(len(scores), len(answers)), "prompts ranked"):
+        texts = [answer["text"] for answer in answers[place]]
+        scores.append(rank(prompts[place], texts))
         if not options.rule:
-            append(path, scores[-1:])
+            append(path, [scores[place]])
     return scores
 
 
@@ -136,21 +76,24 @@ def choose_pair(answers, scores, gap=0, length_ratio=0):
     """
     said = [place for place, answer in enumerate(answers) if answer["text"]]
     finished = [place for place in said if answers[place]["finished"]]
-    couples = [(scores[a] - scores[b], a, b) for a, b in itertools.product(finished, said)]
-    couples.sort(key=operator.itemgetter(0), reverse=True)
     if not finished:
         raise ValueError("no answer ended within --max-new-tokens")
-    if couples[0][0] <= 0:
+    widest = max(scores[place] for place in finished) - min(scores[place] for place in said)
+    if widest <= 0:
         raise ValueError("no finished answer is better than another")
-    if couples[0][0] < gap:
+    if widest < gap:
         raise ValueError("the best is less than --gap better than the worst")
-    for points, chosen, rejected in couples:
-        if points <= 0 or points < gap:
-            break
-        shorter, longer = sorted(answers[place]["tokens"] for place in (chosen, rejected))
-        if not length_ratio or longer <= length_ratio * shorter:
-            return chosen, rejected
-    raise ValueError("no two of them are of like length")
+    pair, pair_gap = None, 0
+    for chosen in finished:
+        for rejected in said:
+            points = scores[chosen] - scores[rejected]
+            shorter, longer = sorted(answers[place]["tokens"] for place in (chosen, rejected))
+            alike = not length_ratio or longer <= length_ratio * shorter
+            if alike and points >= gap and points > pair_gap:
+                pair, pair_gap = (chosen, rejected), points
+    if not pair:
+        raise ValueError("no two of them are of like length")
+    return pair
 
 
 def parse_options():
@@ -164,23 +107,9 @@ def parse_options():
     add = parser.add_argument_group("how answers are sampled").add_argument
     add("--answers", type=int, default=6, help="to each prompt (%(default)s)")
     add("--max-new-tokens", type=int, default=512, help="of an answer (%(default)s)")
-    add(
-        "--temperature",
-        type=float,
-        default=0.8,
-        help="1: as the model is; less: tamer (%(default)s)",
-    )
-    add(
-        "--batch-size",
-        type=int,
-        default=8,
-        help="prompts at once, with all their answers (%(default)s)",
-    )
-    add(
-        "--dtype",
-        default="auto",
-        help="float32, bfloat16, float16; auto: what the machine is good at",
-    )
+    add("--temperature", type=float, default=0.8, help="below 1: tamer than it is (%(default)s)")
+    add("--batch-size", type=int, default=8, help="prompts at once (%(default)s)")
+    add("--dtype", default="auto", help="float32, bfloat16, float16; auto: what the machine has")
     add("--seed", type=int, default=42)
     ranked = parser.add_argument_group("how they are ranked, by one of three")
     add = ranked.add_mutually_exclusive_group(required=True).add_argument
@@ -198,18 +127,17 @@ def parse_options():
 def main():
     options = parse_options()
     prompts = read_prompts(options.prompts, options.column, options.split, options.count)
-    answers = sample_answers(
-        prompts,
-        options.output.with_suffix(".answers.jsonl"),
-        options.batch_size,
-        options.seed,
+    how = dict(
         model=options.model,
         answers=options.answers,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         dtype=options.dtype,
     )
-    scores = score_answers(prompts, answers, options.output.with_suffix(".scores.jsonl"), options)
+    answers_file = options.output.with_suffix(".answers.jsonl")
+    scores_file = options.output.with_suffix(".scores.jsonl")
+    answers = sample_answers(prompts, answers_file, options.batch_size, options.seed, **how)
+    scores = score_answers(prompts, answers, scores_file, options)
     pairs, reasons = [], Counter()
     for turns, given, points in zip(prompts, answers, scores, strict=True):
         try:
@@ -217,17 +145,12 @@ def main():
         except ValueError as reason:
             reasons[str(reason)] += 1
             continue
-        pair = {
-            "prompt": turns,
-            "chosen": given[chosen]["text"],
-            "rejected": given[rejected]["text"],
-        }
-        pairs.append({**pair, "chosen_score": points[chosen], "rejected_score": points[rejected]})
+        texts = {"chosen": given[chosen]["text"], "rejected": given[rejected]["text"]}
+        scored = {"chosen_score": points[chosen], "rejected_score": points[rejected]}
+        pairs.append({"prompt": turns, **texts, **scored})
     options.output.unlink(missing_ok=True)
     append(options.output, pairs)
-    print(
-        f"{len(pairs)} pairs in {options.output}, of {len(prompts)} prompts. The others gave none:"
-    )
+    print(f"{len(pairs)} pairs in {options.output}, of {len(prompts)} prompts. The rest gave none:")
     for reason, count in reasons.most_common():
         print(f"{count:8,} {reason}")
 
