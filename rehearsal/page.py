@@ -27,6 +27,7 @@ TEMPLATE = """{% extends "lab/index.html.j2" %}
 {% else %}{{ super() }}{% endif %}
 {% endblock input_group %}
 """
+MADE_WITH = "# This page is a rehearsal on a CPU. It was made with these instead of the above."
 
 
 def with_mathml(text):
@@ -50,6 +51,8 @@ def write_page(executed):
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = with_mathml(cell.source)
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.source = f"{MADE_WITH}\n{cell.source}"
     exporter = HTMLExporter()
     exporter.raw_template = TEMPLATE
     html, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": executed.stem}})

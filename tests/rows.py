@@ -43,3 +43,11 @@ def read(base, *pairs):
     )
     run_cells("load-pairs", "load-pairs", namespace)
     return run_cells("read-pair", "rows", namespace)
+
+
+def kept_pairs(nb):
+    """The pairs of token ids that were kept, as lists, in the order of their rows."""
+    found = []
+    for pair in nb["pairs"].values():
+        found.append({name: ids.tolist() for name, ids in pair.items()})
+    return found

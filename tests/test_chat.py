@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import standins
-from rows import ANSWERS, pair, read, talk
+from rows import ANSWERS, kept_pairs, pair, read, talk
 from standins import CHATML, DATED, MISTRAL_INSTRUCT
 from transformers import AutoTokenizer
 
@@ -119,19 +119,14 @@ def check(nb, row, pair):
         assert reasonings in ((0, 0), (1, 1)), "the template's reasoning besides the row's"
 
 
-def kept(nb):
-    """The pairs of token ids that were kept, in the order of their rows."""
-    return list(nb["pairs"].values())
-
-
 @pytest.mark.parametrize("name", WRITTEN)
 def test_what_is_written(name, models, tmp_path):
     template, bos, end = WRITTEN[name]
     pairs = [pair("A bee?", system="Be brief."), pair("A bee?", "An insect.", "A bird?")]
     nb = read(base(tmp_path, template, bos) if template else models[name], *pairs)
-    for row, given in zip(kept(nb), pairs, strict=True):
+    for row, given in zip(kept_pairs(nb), pairs, strict=True):
         check(nb, row, given)
-    ids = [*kept(nb)[0]["prompt_ids"], *kept(nb)[0]["chosen_ids"]]
+    ids = [*kept_pairs(nb)[0]["prompt_ids"], *kept_pairs(nb)[0]["chosen_ids"]]
     expected = nb["tokenizer"].encode(end, add_special_tokens=False)
     assert ids[-len(expected) :] == expected
 
@@ -152,7 +147,7 @@ def test_a_tokenizer_that_pads_and_truncates_by_itself(models, tmp_path):
     tokenizer.backend_tokenizer.enable_padding()
     tokenizer.save_pretrained(tmp_path)
     nb = read(str(tmp_path), pair("A bee?", system="Be brief. " * 9))
-    check(nb, kept(nb)[0], pair("A bee?", system="Be brief. " * 9))
+    check(nb, kept_pairs(nb)[0], pair("A bee?", system="Be brief. " * 9))
     expected = nb["encode"](nb["tokenizer"], talk("A bee?"), *ANSWERS, 3000)
     nb["tokenizer"]("A bee?", truncation=True, padding="max_length", max_length=8)
     assert nb["encode"](nb["tokenizer"], talk("A bee?"), *ANSWERS, 3000) == expected
@@ -217,7 +212,7 @@ def test_every_template_of_trl(name, reasoning, tmp_path):
             read(base(tmp_path, TEMPLATES[name]), *pairs)
         return
     nb = read(base(tmp_path, TEMPLATES[name]), *pairs)
-    for row in kept(nb):
+    for row in kept_pairs(nb):
         asked = nb["tokenizer"].decode(row["prompt_ids"])
         check(
             nb,

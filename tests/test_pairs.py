@@ -420,7 +420,7 @@ def test_pairs_of_one_question_are_known_by_their_turns(models):
         for system in ("", "Be brief.")
         for answers in (TEXTS, YZ)
     ]
-    first, *others = read(models["qwen"], *rows, PLAIN)["questions_asked"]
+    first, *others = read(models["qwen"], *rows, PLAIN)["row_questions"]
     assert others[:3] == [first] * 3 and others[3] != first
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from datasets import Dataset
-from rows import read
+from rows import kept_pairs, read
 from standins import TEXT
 from transformers import AutoTokenizer
 
@@ -50,7 +50,7 @@ def audit(nb, train, held_out):
 def audit_texts(models, pairs):
     """The namespace after the audit of pairs of texts, the last 40 of them held out."""
     nb = read(models["qwen"], *pairs)
-    ids = list(nb["pairs"].values())
+    ids = kept_pairs(nb)
     return audit(nb, ids[:-40], ids[-40:])
 
 
