@@ -81,6 +81,11 @@ def test_no_outputs():
 def test_ids_are_names_and_differ():
     ids = [cell.id for cell in NOTEBOOK.cells]
     assert all(re.fullmatch(r"[a-z0-9-]+", name) for name in ids) and len(set(ids)) == len(ids)
+    assert not [name for name in ids if re.fullmatch(r"[0-9a-f]{8}(-.*)?", name)]  # by chance
+
+
+def test_no_tool_has_left_its_mark_in_the_metadata():
+    assert sorted(NOTEBOOK.metadata) == ["accelerator", "colab", "kernelspec", "language_info"]
 
 
 def test_colab_is_asked_for_a_gpu():

@@ -324,7 +324,7 @@ def test_a_row_cannot_choose_its_own_layout(place):
     rows, marked = [PLAIN, PLAIN], {"prompt": CHATML, **YZ}
     rows.insert(place, marked)
     nb = find_markup(*rows)
-    with pytest.raises(ValueError, match="control token <.im_end.>"):
+    with pytest.raises(ValueError, match="control token im_end inside"):
         nb["read_pair"](marked, nb["markup"])
     talk = {"prompt": TALK, **YZ}
     assert nb["read_pair"](talk, nb["markup"])[0] == [message("user", TALK)]

@@ -164,14 +164,14 @@ def trainings(models, pairs_file, tmp_path_factory):
 
     def run(name, output):
         nb, asked = build_trainer(**sources, output_dir=str(folder / output)), []
-        plain = nb["layers_to_checkpoint"]
+        plain = nb["layers_of_batch"]
 
-        def watched(widths, *size, **options):
-            layers = int(plain(widths, *size, **options))
+        def watched(*size):
+            layers = int(plain(*size))
             asked.append((*size, layers))
             return layers
 
-        nb["layers_to_checkpoint"] = watched
+        nb["layers_of_batch"] = watched
         run_cells("run-prompts-once", "train", nb)
         done[name] = nb, asked
 

@@ -179,6 +179,18 @@ def test_which_answer_is_likelier_goes_per_token(scores):
     assert dict(scores["chosen likelier per token"]) == expected
 
 
+def test_answers_that_are_as_likely_are_not_likelier():
+    table = alone("score-table")["score_table"]({"base": [(-2, -4)]}, np.array([(1, 2)]), 0.1)
+    assert table["chosen likelier per token"]["base"] == 0
+
+
+def test_words_of_the_prompt_are_a_share_of_the_answers_words():
+    """Or long answers would have more of them."""
+    rules = alone("audit-rules")["shallow_rules"]([], None)
+    rule = rules["more words of the prompt", "fewer words of the prompt"]
+    assert rule([1, 2, 3], [1, 1, 2, 7, 8]) == 2 / 4
+
+
 def test_a_base_has_no_rewards(scores):
     bases = scores.loc[["base", "base unquantised"]]
     assert bases[["sigmoid loss", "reward accuracy", "reward margin"]].isna().all(axis=None)
