@@ -18,6 +18,7 @@ from trainers import SMALL, build_trainer, read_record, train
 from traitlets.config import Config
 from transformers import TrainerCallback
 
+from benchmarks import rules
 from rehearsal.notebook import CELLS, run_cell, run_cells
 
 
@@ -212,6 +213,16 @@ def test_the_record_names_what_ran(finished):
 
 
 # Folders: relative, at home, in use.
+
+
+def test_the_rules_of_a_finished_run_are_tried_on_its_own_held_out_pairs(finished):
+    run, notebook = rules.read_run(finished["folder"])
+    assert notebook["held_out_ids"] == finished["held_out_ids"]
+    for name in ("trained", "merged"):
+        margin = finished["scores"]["reward margin"][name]
+        assert rules.margins(run, name).mean() == pytest.approx(margin)
+    table = rules.table_of_rules(run, notebook)
+    assert set(table.index) == set(finished["audit"].index)
 
 
 def test_a_relative_folder_is_found_after_the_working_directory_changed(

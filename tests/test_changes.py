@@ -30,8 +30,8 @@ def change(cells, name, old, new):
 
 
 def example_of_a_loss():
-    """The subclass that the text before the trainer shows: a hinge that asks for a margin of 2."""
-    (text,) = [cell.source for cell in NOTEBOOK.cells if cell.id == "trainer-text"]
+    """The subclass that the notebook's text shows: a hinge that asks for a margin of 2."""
+    (text,) = [cell.source for cell in NOTEBOOK.cells if cell.id == "own-loss-text"]
     return text.partition("```python\n")[2].partition("```")[0]
 
 
@@ -42,9 +42,11 @@ def change_cells(cells):
     asked = re.search(r"questions = \[.*?\n\]", cells["questions"], re.DOTALL)[0]
     change(cells, "questions", asked, f"questions = {QUESTIONS}")
     change(cells, "questions", "max_new_tokens=200", "max_new_tokens=20")
-    cells["trainer"] += f"\n\n\n{example_of_a_loss()}"
     change(cells, "make-trainer", "trainer = LastingTrainer(", "trainer = OwnTrainer(")
-    change(cells, "make-trainer", ", loss_of_a_tie(loss_type, beta)", "")
+    change(
+        cells, "make-trainer", "first_loss = loss_of_a_tie(loss_type, beta)", "first_loss = None"
+    )
+    cells["make-trainer"] = f"{example_of_a_loss()}\n\n{cells['make-trainer']}"
     cells["score-merged"] += EVALUATION
 
 
@@ -114,6 +116,7 @@ def test_own_loss(changed):
     """It begins at 2, where policy and reference are the same, and falls by the margin."""
     losses = [entry["eval_loss"] for entry in changed["run"]["history"] if "eval_loss" in entry]
     margin = changed["evaluated"]["rewards/margins"].iloc[-1]
+    assert changed["run"]["how"]["trainer"] == "OwnTrainer"
     assert losses[0] == pytest.approx(2, abs=1e-4)
     assert losses[-1] == pytest.approx(2 - margin, abs=1e-4) and margin > 0
 

@@ -75,7 +75,7 @@ def test_the_notebook_is_unchanged(executed):
 
 SHOWN = {  # a cell, and what it shows
     "accounts": f"{REPOSITORY}, private: True",
-    "tokenizer": "equal to the base's sentencepiece model",
+    "tokenizer": "it reads difficult texts as the base's sentencepiece model does",
     "rows": "368 rows, 360 kept",
     "sharing": "fewer tokens to compute",
     "split-of-a-step": "→",

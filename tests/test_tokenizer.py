@@ -138,6 +138,6 @@ def test_a_sentencepiece_model_that_does_not_come_is_not_done_without(make, hub,
 def test_no_sentencepiece_model(hub, models):
     """Once that is known, the Hub need not be there to say it again."""
     commit, _ = hub.head(hub.add("some/base", models["qwen"]))
-    assert load("some/base", commit)[1] == "no sentencepiece model to compare with"
+    assert load("some/base", commit)[1] == "there is no sentencepiece model to compare with"
     hub.down = ""
-    assert load("some/base", commit)[1] == "no sentencepiece model to compare with"
+    assert load("some/base", commit)[1] == "there is no sentencepiece model to compare with"

@@ -10,6 +10,7 @@ from rows import kept_pairs, read
 from standins import TEXT
 from transformers import AutoTokenizer
 
+from benchmarks import rules
 from rehearsal.notebook import alone, run_cell, run_cells
 
 WORDS = sorted({word.lower() for word in TEXT.split() if word.isalpha()})
@@ -76,12 +77,15 @@ def test_pairs_that_nothing_shallow_decides_are_not_warned_of(models, capsys):
     nb = audit_texts(models, made_up("nothing"))
     printed = capsys.readouterr().out
     assert 0.2 < nb["shallow"] < 0.8 and "WARNING" not in printed
-    assert "\n0% of the pairs have answers" in printed and "both orders: 0\n" in printed
+    assert "\n0% of the pairs have answers" in printed and "contradict another one: 0\n" in printed
 
 
 @pytest.mark.parametrize(
     "kind, counted",
-    [("both orders", "both orders: 80\n"), ("nearly the same", "\n50% of the pairs have answers")],
+    [
+        ("both orders", "contradict another one: 80\n"),
+        ("nearly the same", "\n50% of the pairs have answers"),
+    ],
 )
 def test_what_the_audit_counts(models, kind, counted, capsys):
     audit_texts(models, made_up(kind))
@@ -237,3 +241,42 @@ def test_answers_stand_under_before_and_after(capsys):
     run_cell("after", answers | {"questions": ["Why?", "New?"]})
     words = "Why? BEFORE old AFTER new New? BEFORE - AFTER -"
     assert capsys.readouterr().out.split() == words.split()
+
+
+def run_of(right):
+    """A run with ten held-out pairs, of which the longer answer is the chosen one in the first six.
+    The trained model ranks those right that are named.
+    """
+    longer, shorter = ([5], [6, 7, 8], [9]), ([5], [9], [6, 7, 8])
+    held_out = [longer] * 6 + [shorter] * 4
+    lengths = [(len(chosen), len(rejected)) for _, chosen, rejected in held_out]
+    notebook = alone("audit-rules") | dict(
+        train_ids=[longer] * 8,
+        held_out_ids=held_out,
+        held_out=list(range(10)),
+        lengths=pd.DataFrame(lengths, columns=["chosen", "rejected"]),
+        tokenizer=Letters(),
+    )
+    base = [(-1.0, -1.0)] * 10
+    trained = [(0.0, -1.0) if pair in right else (-1.0, 0.0) for pair in range(10)]
+    logps = {"base": base, "trained": trained, "base unquantised": base, "merged": trained}
+    ranks = {"in sum": 0.5, "per token": 0.5}
+    return dict(parameters={"beta": 0.1}, logps=logps, base_ranks=ranks), notebook
+
+
+class Letters:
+    """A tokenizer whose every token is a letter."""
+
+    def decode(self, ids):
+        return "x" * len(ids)
+
+
+@pytest.mark.parametrize(
+    "right, words",
+    [(range(6), "0% (0% to 49%)"), ((0, 1, 6, 7, 8), "75% (30% to 95%)")],
+    ids=["as the rule", "in its own way"],
+)
+def test_pairs_that_a_rule_does_not_rank_right_are_looked_at_by_themselves(right, words):
+    row = rules.table_of_rules(*run_of(right)).loc["the longer answer"]
+    assert row["training pairs"] == "100%" and row["held out"] == "60% (31% to 83%)"
+    assert row["not ranked right"] == 4 and row["of these trained"] == words
