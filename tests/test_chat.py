@@ -102,7 +102,7 @@ def squeezed(text):
 def check(nb, row, pair):
     """That a pair is trained as its row says it, and as the model will be asked."""
     tokenizer, prompt = nb["tokenizer"], list(row["prompt_ids"])
-    turns = nb["fold_system"](pair["prompt"], nb["chat"].takes_system)
+    turns = nb["join_system"](pair["prompt"], nb["chat"].takes_system)
     assert prompt == tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
     written = squeezed(tokenizer.decode(prompt))
     assert all(squeezed(turn["content"]) in written for turn in pair["prompt"])
@@ -136,7 +136,7 @@ def test_a_greeting_stays_the_assistants(models):
     nb = read(models["mistral-instruct"], pair("A bee?"))
     greeting = {"role": "assistant", "content": "Hello."}
     turns = [*talk(system="Be brief."), greeting, *talk("A bee?")]
-    turns = nb["fold_system"](turns, nb["chat"].takes_system)
+    turns = nb["join_system"](turns, nb["chat"].takes_system)
     assert [turn["role"] for turn in turns if "Hello." in turn["content"]] == ["assistant"]
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from trainers import SMALL
 from transformers import AutoTokenizer, GPT2Config, MistralConfig
 
-from rehearsal.notebook import CELLS, run_cell, run_cells
+from rehearsal.notebook import CELLS, alone, run_cell, run_cells
 
 PAIRS = some_pairs(40)
 
@@ -250,6 +250,7 @@ def test_one_sentence(cell, says, text, ending, model, parameters, models):
 def test_a_mounted_drive_is_written_to(monkeypatch):
     """As far as to make the folder there, which no test does."""
     monkeypatch.setattr(Path, "is_mount", lambda path: path == Path("/content/drive"))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=107e9))
     with pytest.raises(AssertionError, match="/content.* is made though"):
         run_cells("install", "state", output_dir="/content/drive/of-nobody")
 
@@ -348,6 +349,18 @@ def test_the_disk_has_room_for_the_merged_model_and_three_checkpoints(models, mo
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=needed - 1))
     with pytest.raises(ValueError, match="needs .* GB and has"):
         run_cell("base", nb)
+    nb["merged_dir"] = Path("elsewhere", "merged")  # where the checkpoints are not
+    room = {nb["folder"]: needed - 2 * nb["parameter_count"], Path("elsewhere"): needed}
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=room[path]))
+    run_cell("base", nb)
+
+
+@pytest.mark.parametrize("gigabytes, place", [(16.1, "run"), (107, "drive/MyDrive/run")])
+def test_a_free_drive_is_not_filled_with_the_merged_model(tmp_path, monkeypatch, gigabytes, place):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=gigabytes * 1e9))
+    folder = tmp_path / "drive" / "MyDrive" / "run"
+    found = alone("run-folder")["place_of_merged"](folder, tmp_path / "drive")
+    assert found == tmp_path / place / "merged"
 
 
 class Attack:

@@ -749,7 +749,7 @@ def test_any_text(family, models):
     def check(data, markup):
         try:
             turns, *answers = nb["read_pair"](data.draw(ANY_ROW[markup]), markup)
-            turns = nb["fold_system"](turns, nb["chat"].takes_system)
+            turns = nb["join_system"](turns, nb["chat"].takes_system)
             ids = nb["encode"](tokenizer, turns, *answers, 256)
         except ValueError as reason:
             assert str(reason)

@@ -208,7 +208,7 @@ def plans():
         cut = f"{split.pairs_at_once} × {nb['pairs_per_step'] // split.pairs_at_once}"
         layers = split.checkpointed_layers.mean()
         memory = (nb["fixed_bytes"] + split.most_bytes) / 1e9
-        rows.append((card, precision, cut, f"{layers:.1f}" if layers else "0", f"{memory:.1f}"))
+        rows.append((card, precision, cut, f"{layers:.1f}", f"{memory:.1f}"))
     return rows
 
 
