@@ -27,7 +27,9 @@ TEMPLATE = """{% extends "lab/index.html.j2" %}
 {% else %}{{ super() }}{% endif %}
 {% endblock input_group %}
 """
-MADE_WITH = "# This page is a rehearsal on a CPU. It was made with these instead of the above."
+MADE_WITH = (
+    "# This cell is of a rehearsal on a CPU, not of the notebook: it takes the place of the above."
+)
 
 
 def with_mathml(text):
