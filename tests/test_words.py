@@ -209,7 +209,7 @@ SENTENCES = {  # a function of the words, its arguments, and what it says
     "ranked right": (
         "ranking",
         [0.9, 128, 0.55],
-        "128 held-out pairs 90% are ranked right (95% interval 83% to 94%), by the best shallow "
+        "128 held-out pairs 90% are ranked right (95% interval 83% to 94%), by the best trivial "
         "rule alone 55%.",
     ),
     "a rule does as well": ("ranking", [0.9, 128, 0.88], "may be all that was learnt"),
