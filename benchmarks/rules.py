@@ -1,18 +1,24 @@
-"""What a finished run ranks right, beside what each trivial rule does.
+"""What a finished run ranks right, beside what trivial rules do.
 
     python benchmarks/rules.py dpo_run [another_run] [--picture FILE]
 
-It needs the run's base model and pairs, and no GPU.
+It needs the run's tokenizer and pairs, and no GPU.
 
 A rule that ranks most pairs right may be all that a model has learnt. So the held-out pairs that a
-rule does not rank right are looked at by themselves: what the trained model ranks right of those,
-it does not have from that rule.
+rule ranks right are looked at by themselves, and those that it does not. A coin ranks half of
+either right; a model that has learnt the rule and nothing else, all of the first and none of the
+second. One that has learnt something else ranks clearly more than half of the second right; that
+may be another rule, so the pairs that none of the rules ranks right are looked at too.
+
+The two likelihoods of the base are not independent of what is measured: a margin is how far the
+trained model has moved away from them.
 """
 
 import argparse
 import contextlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -28,45 +34,50 @@ from rehearsal.notebook import run_cells  # noqa: E402
 
 
 def read_run(folder):
-    """The record of a finished run, and the notebook's names after its audit of the same pairs."""
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory() as empty, open(os.devnull, "w") as nowhere:
+    """The record of a finished run, and the notebook's names after its audit of the same pairs.
+
+    The notebook takes it for a run to go on with, and raises ValueError if base or pairs are not
+    what they were.
+    """
+    os.environ.pop("WANDB_API_KEY", None)
+    with tempfile.TemporaryDirectory() as other, open(os.devnull, "w") as nowhere:
+        shutil.copy(folder / "run.json", other)
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        parameters = {**run["parameters"], "output_dir": other, "push_to_hub": False}
         with contextlib.redirect_stdout(nowhere):
-            parameters = {**run["parameters"], "output_dir": empty, "push_to_hub": False}
             notebook = run_cells("install", "audit", **parameters)
+    if len(notebook["held_out"]) != len(run["logps"]["base"]):
+        raise ValueError(f"The pairs of {folder} are read into others than they were.")
     return run, notebook
 
 
 def gaps_of_rules(run, notebook):
-    """{rule: (share of the training pairs, gaps of the held-out pairs)}.
+    """{rule: (share of the training pairs, gaps of the held-out pairs)}, the best rule first.
 
     A gap is above 0 where the rule prefers the chosen answer. A rule that ranks less than half of
     the training pairs right is turned round.
     """
     share_ranked = notebook["share_ranked"]
-    gaps = {}
-    for names, rule in notebook["shallow_rules"](
-        notebook["train_ids"], notebook["tokenizer"]
-    ).items():
+    rules = notebook["shallow_rules"](notebook["train_ids"], notebook["tokenizer"])
+    found = {}
+    for names, rule in rules.items():
         both = []
         for pairs in (notebook["train_ids"], notebook["held_out_ids"]):
             both.append(np.array([rule(p, c) - rule(p, r) for p, c, r in pairs], dtype=float))
-        gaps[names] = share_ranked(both[0]), both[1]
+        found[names] = share_ranked(both[0]), both[1]
     tokens = notebook["lengths"].loc[notebook["held_out"], ["chosen", "rejected"]].to_numpy()
     in_sum = np.array(run["logps"]["base"])
     for how, logps in {"in sum": in_sum, "per token": in_sum / tokens}.items():
-        names = (
-            f"the answer likelier for the base, {how}",
-            f"the answer less likely for the base, {how}",
-        )
-        gaps[names] = run["base_ranks"][how], logps[:, 0] - logps[:, 1]
+        likelier = f"the answer likelier for the base, {how}"
+        less_likely = f"the answer less likely for the base, {how}"
+        found[likelier, less_likely] = run["base_ranks"][how], logps[:, 0] - logps[:, 1]
     turned = {}
-    for (rule, opposite), (training, held_out) in gaps.items():
+    for (rule, opposite), (training, held_out) in found.items():
         if training < 0.5:
             turned[opposite] = 1 - training, -held_out
         else:
             turned[rule] = training, held_out
-    return turned
+    return dict(sorted(turned.items(), key=lambda entry: entry[1][0], reverse=True))
 
 
 def margins(run, name):
@@ -76,43 +87,37 @@ def margins(run, name):
     return run["parameters"]["beta"] * (moved[:, 0] - moved[:, 1])
 
 
-def interval(right, pairs):
-    """(share, low, high): a share with Wilson's 95% interval."""
-    low, high = binomtest(int(right), pairs).proportion_ci(method="wilson")
-    return right / pairs, low, high
+def interval(right):
+    """(share, low, high) of an array of booleans, with Wilson's 95% interval."""
+    low, high = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
+    return right.mean(), low, high
 
 
-def in_words(right, pairs):
-    if not pairs:
+def in_words(right):
+    if not len(right):
         return "–"
-    return "{:.0%} ({:.0%} to {:.0%})".format(*interval(right, pairs))
-
-
-def count_right(gaps):
-    """How many gaps are above 0; a tie counts half, and halves are rounded down."""
-    return int((gaps > 0).sum() + 0.5 * (gaps == 0).sum())
+    return "{:.0%} ({:.0%} to {:.0%}) of {}".format(*interval(right), len(right))
 
 
 def table_of_rules(run, notebook):
-    """A row for each rule, the best on training pairs first."""
-    rules = gaps_of_rules(run, notebook)
+    """A row for each rule, the best on training pairs first; a tie counts half."""
+    trained = margins(run, "trained") > 0
     table = {}
-    for rule in sorted(rules, key=lambda name: rules[name][0], reverse=True):
-        training, gaps = rules[rule]
-        missed = gaps <= 0
-        row = {
+    by_none = np.full(len(trained), True)
+    for rule, (training, gaps) in gaps_of_rules(run, notebook).items():
+        by_none &= gaps <= 0
+        table[rule] = {
             "training pairs": f"{training:.0%}",
-            "held out": in_words(count_right(gaps), len(gaps)),
-            "not ranked right": int(missed.sum()),
+            "held out": f"{notebook['share_ranked'](gaps):.0%}",
+            "of these ties": f"{(gaps == 0).mean():.0%}",
+            "trained, where the rule is right": in_words(trained[gaps > 0]),
+            "trained, where it is wrong or ties": in_words(trained[gaps <= 0]),
         }
-        for name in ("trained", "merged"):
-            right = margins(run, name) > 0
-            row[f"of these {name}"] = in_words(right[missed].sum(), int(missed.sum()))
-        table[rule] = row
-    return pd.DataFrame.from_dict(table, orient="index")
+    table["none of them"] = {"trained, where it is wrong or ties": in_words(trained[by_none])}
+    return pd.DataFrame.from_dict(table, orient="index").fillna("")
 
 
-def draw_curves(axes, run, color, label, shift):
+def draw_curve(axes, run, color, label, shift):
     """The share of held-out pairs that is ranked right along the way, with its interval.
 
     shift: to the right, so that the intervals of two runs stand beside each other.
@@ -122,41 +127,42 @@ def draw_curves(axes, run, color, label, shift):
     shares = []
     for entry in run["history"]:
         if "eval_loss" in entry and entry["step"]:
+            right = round(entry["eval_rewards/accuracies"] * pairs)
             steps.append(entry["step"] + shift)
-            shares.append(interval(round(entry["eval_rewards/accuracies"] * pairs), pairs))
+            shares.append(interval(np.arange(pairs) < right))
     share, low, high = np.transpose(shares)
     axes.errorbar(steps, share, [share - low, high - share], color=color, capsize=3, label=label)
-    axes.set(xlabel="step", ylabel="ranked right", title="trained, along the way", ylim=(0.4, 1))
-
-
-def draw_bars(axes, bars, offset, color):
-    """Horizontal bars with intervals. bars: {name: (share, low, high)}."""
-    share, low, high = np.transpose(list(bars.values()))
-    places = np.arange(len(bars)) + offset
-    error = [share - low, high - share]
-    axes.barh(places, share, 0.35, xerr=error, color=color, alpha=0.75, capsize=3)
-    axes.set_yticks(range(len(bars)), bars)
-    axes.set(xlim=(0, 1), title="held-out pairs ranked right, at the end")
+    axes.set(xlabel="step", title="held-out pairs ranked right, along the way", ylim=(0, 1))
 
 
 def draw(runs, picture):
-    """The curves of some runs, and what rules and models rank right. runs: [(run, notebook), …]."""
+    """The curves of one or two runs, and what rules and models rank right at the end.
+
+    runs: {what it is called: (run, notebook)}.
+    """
+    names = ["merged", "trained"]
+    for run, notebook in runs.values():
+        names += [rule for rule in gaps_of_rules(run, notebook) if rule not in names]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(2, 3))
-    first = gaps_of_rules(*runs[0])
-    for number, (run, notebook) in enumerate(runs):
+    height = 0.8 / len(runs)
+    for number, (label, (run, notebook)) in enumerate(runs.items()):
         color = f"C{number}"
-        draw_curves(left, run, color, f"seed {run['parameters']['seed']}", shift=0.3 * number)
-        bars = {}
-        for name in ("trained", "merged"):
-            bars[name] = interval((margins(run, name) > 0).sum(), len(run["logps"]["base"]))
+        draw_curve(left, run, color, label, shift=0.4 * number)
         rules = gaps_of_rules(run, notebook)
-        for rule in sorted(first, key=lambda name: first[name][0], reverse=True):
-            bars[rule] = (np.nan, np.nan, np.nan)  # turned round in this run
-            if rule in rules:
-                _, gaps = rules[rule]
-                bars[rule] = interval(count_right(gaps), len(gaps))
-        draw_bars(right, bars, 0.38 * number - 0.19 * (len(runs) - 1), color)
+        for place, name in enumerate(names):
+            above = place + (number - (len(runs) - 1) / 2) * height
+            style = dict(height=0.9 * height, color=color, alpha=0.75)
+            if name in rules:
+                right.barh(above, notebook["share_ranked"](rules[name][1]), **style)
+            elif name in ("trained", "merged"):
+                share, low, high = interval(margins(run, name) > 0)
+                error = [[share - low], [high - share]]
+                right.barh(above, share, xerr=error, capsize=3, **style)
+    right.set_yticks(range(len(names)), names)
     right.invert_yaxis()
+    right.axvline(0.5, color="black", linestyle=":")
+    right.set(xlim=(0, 1), title="at the end, by models and by rules")
+    left.axhline(0.5, color="black", linestyle=":")
     left.legend(loc="lower right")
     for axis in (left.yaxis, right.xaxis):
         axis.set_major_formatter(PercentFormatter(1))
@@ -169,14 +175,18 @@ if __name__ == "__main__":
     parser.add_argument("folders", type=Path, nargs="+", help="output_dir of finished runs")
     parser.add_argument("--picture", type=Path, help="also draw curves and rules into this file")
     arguments = parser.parse_args()
-    runs = [read_run(folder) for folder in arguments.folders]
-    for folder, (run, notebook) in zip(arguments.folders, runs, strict=True):
+    runs = {}
+    for folder in arguments.folders:
+        run, notebook = read_run(folder)
+        runs[f"seed {run['parameters']['seed']}"] = run, notebook
         print(folder)
         for name in ("trained", "merged"):
             of_pairs = margins(run, name)
             loss = np.log1p(np.exp(-of_pairs)).mean()
-            right = in_words((of_pairs > 0).sum(), len(of_pairs))
-            print(f"{name}: {right} right, loss {loss:.3f}, margin {of_pairs.mean():.3f} nats")
+            print(
+                f"{name}: {in_words(of_pairs > 0)} right, sigmoid loss {loss:.3f}, "
+                f"margin {of_pairs.mean():.3f} nats"
+            )
         print(table_of_rules(run, notebook).to_markdown(), "\n")
     if arguments.picture:
         draw(runs, arguments.picture)

@@ -212,9 +212,6 @@ def test_the_record_names_what_ran(finished):
     )
 
 
-# Folders: relative, at home, in use.
-
-
 def test_the_rules_of_a_finished_run_are_tried_on_its_own_held_out_pairs(finished, tmp_path):
     run, notebook = rules.read_run(finished["folder"])
     assert notebook["held_out_ids"] == finished["held_out_ids"]
@@ -222,9 +219,12 @@ def test_the_rules_of_a_finished_run_are_tried_on_its_own_held_out_pairs(finishe
         margin = finished["scores"]["reward margin"][name]
         assert rules.margins(run, name).mean() == pytest.approx(margin)
     table = rules.table_of_rules(run, notebook)
-    assert set(table.index) == set(finished["audit"].index)
-    rules.draw([(run, notebook)], tmp_path / "rules.png")
+    assert set(table.index) == {*finished["audit"].index, "none of them"}
+    rules.draw({"seed 42": (run, notebook)}, tmp_path / "rules.png")
     assert (tmp_path / "rules.png").stat().st_size > 10_000
+
+
+# Folders: relative, at home, in use.
 
 
 def test_a_relative_folder_is_found_after_the_working_directory_changed(

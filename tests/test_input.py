@@ -350,15 +350,18 @@ def test_the_disk_has_room_for_the_merged_model_and_three_checkpoints(models, mo
     with pytest.raises(ValueError, match="needs .* GB and has"):
         run_cell("base", nb)
     nb["merged_dir"] = Path("elsewhere", "merged")  # where the checkpoints are not
-    room = {nb["folder"]: needed - 2 * nb["parameter_count"], Path("elsewhere"): needed}
+    of_merged = 2 * nb["parameter_count"]
+    room = {nb["folder"]: needed - of_merged, Path("elsewhere"): of_merged}
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=room[path]))
     run_cell("base", nb)
 
 
-@pytest.mark.parametrize("gigabytes, place", [(16.1, "run"), (107, "drive/MyDrive/run")])
+@pytest.mark.parametrize(
+    "gigabytes, place", [(16.1, "MyDrive-mine-run"), (107, "drive/MyDrive/mine/run")]
+)
 def test_a_free_drive_is_not_filled_with_the_merged_model(tmp_path, monkeypatch, gigabytes, place):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=gigabytes * 1e9))
-    folder = tmp_path / "drive" / "MyDrive" / "run"
+    folder = tmp_path / "drive" / "MyDrive" / "mine" / "run"
     found = alone("run-folder")["place_of_merged"](folder, tmp_path / "drive")
     assert found == tmp_path / place / "merged"
 

@@ -35,7 +35,7 @@ TOKEN, KEY = (
 )  # of the Hub and of W&B; neither may show anywhere
 # Where a run stands, by the last of these that its output holds.
 STAGES = {
-    "training": "Going on from the base model",
+    "training": " from the base model",
     "merge": "Trained to step",
     "push": "reward accuracy",
 }

@@ -272,11 +272,21 @@ class Letters:
 
 
 @pytest.mark.parametrize(
-    "right, words",
-    [(range(6), "0% (0% to 49%)"), ((0, 1, 6, 7, 8), "75% (30% to 95%)")],
+    "right, where_right, where_wrong",
+    [
+        (range(6), "100% (61% to 100%) of 6", "0% (0% to 49%) of 4"),
+        ((0, 1, 6, 7, 8), "33% (10% to 70%) of 6", "75% (30% to 95%) of 4"),
+    ],
     ids=["as the rule", "in its own way"],
 )
-def test_pairs_that_a_rule_does_not_rank_right_are_looked_at_by_themselves(right, words):
-    row = rules.table_of_rules(*run_of(right)).loc["the longer answer"]
-    assert row["training pairs"] == "100%" and row["held out"] == "60% (31% to 83%)"
-    assert row["not ranked right"] == 4 and row["of these trained"] == words
+def test_pairs_that_a_rule_ranks_right_and_wrong_are_looked_at_apart(
+    right, where_right, where_wrong
+):
+    table = rules.table_of_rules(*run_of(right))
+    row = table.loc["the longer answer"]
+    assert row["training pairs"] == "100%" and row["held out"] == "60%"
+    assert row["trained, where the rule is right"] == where_right
+    assert row["trained, where it is wrong or ties"] == where_wrong
+    assert table.loc["a mark at the start", "of these ties"] == "100%"
+    # A longer answer has fewer words of the prompt here, so that no rule is right in the last four.
+    assert table.loc["none of them", "trained, where it is wrong or ties"] == where_wrong
