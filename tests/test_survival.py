@@ -486,7 +486,7 @@ def test_a_fault_of_the_hub_in_the_push(finished, hub, monkeypatch, capsys, requ
 def test_a_hub_that_does_not_answer_yet_stops_nothing(finished, hub, capsys, request_name, fault):
     """A finished run goes on through all its cells, knows which commit it is of, and is pushed later."""
     with failing(request_name, fault):
-        for cell in ("accounts", "push"):
+        for cell in ("accounts", "publish"):
             capsys.readouterr()
             run_cell(cell, finished)
             assert_sentence(capsys.readouterr().out.splitlines()[0], fault)
@@ -501,7 +501,7 @@ def test_a_hub_that_does_not_answer_yet_stops_nothing(finished, hub, capsys, req
                 with pytest.raises(ValueError, match=f"{name}|0000"):
                     run_cell("sources", finished | {name: "0" * 40})
     assert fault != silence or all(finished["patience"]), "it would be waited for without end"
-    run_cell("push", finished)
+    run_cells("publish", "push", finished)
     there = pushed(hub, finished["new_model"])
     assert (there / "model.safetensors").exists()
     assert f'model="{hub.user}/{finished["new_model"]}"' in read(there / "README.md")

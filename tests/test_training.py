@@ -247,7 +247,7 @@ def test_an_adapter_of_another_size_than_loras_is_told(prepare):
 def test_a_base_that_is_not_in_4_bits_is_told(prepare):
     nb = prepare(load_in_4bit=False)
     nb["BitsAndBytesConfig"] = lambda **settings: None
-    with pytest.raises(AssertionError, match="0 layers"):
+    with pytest.raises(AssertionError, match="quantise is True, layers in 4 bits: 0"):
         nb["load_4bit"](nb["base"])
 
 
