@@ -132,7 +132,7 @@ def draw_curve(axes, run, color, label, shift):
             shares.append(interval(np.arange(pairs) < right))
     share, low, high = np.transpose(shares)
     axes.errorbar(steps, share, [share - low, high - share], color=color, capsize=3, label=label)
-    axes.set(xlabel="step", title="held-out pairs ranked right, along the way", ylim=(0, 1))
+    axes.set(xlabel="step", title="held-out pairs ranked right", ylim=(0, 1))
 
 
 def draw(runs, picture):
