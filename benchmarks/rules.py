@@ -27,9 +27,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.ticker import PercentFormatter
-from scipy.stats import binomtest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from rehearsal import behaviour  # noqa: E402
 from rehearsal.notebook import run_cells  # noqa: E402
 
 
@@ -39,7 +39,7 @@ def read_run(folder):
     The notebook takes it for a run to go on with, and raises ValueError if base or pairs are not
     what they were.
     """
-    os.environ.pop("WANDB_API_KEY", None)
+    os.environ.pop("WANDB_API_KEY", None)  # the notebook would begin a run there
     with tempfile.TemporaryDirectory() as other, open(os.devnull, "w") as nowhere:
         shutil.copy(folder / "run.json", other)
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -89,7 +89,7 @@ def margins(run, name):
 
 def interval(right):
     """(share, low, high) of an array of booleans, with Wilson's 95% interval."""
-    low, high = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
+    low, high = behaviour.interval(int(right.sum()), len(right))
     return right.mean(), low, high
 
 
